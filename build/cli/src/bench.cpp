@@ -1,0 +1,117 @@
+#include "bench.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <nlohmann/json.hpp>
+#include <random>
+
+#include "error.h"
+#include "session.h"
+
+namespace bitnet {
+namespace {
+
+constexpr size_t kReadBytes = size_t{256} << 20;  // well above any cache
+constexpr size_t kReadPieceBytes = size_t{1} << 20;
+
+double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
+
+// A buffer larger than the caches, to measure what plain reading gives at the pool's threads.
+class ReadBuffer {
+ public:
+  ReadBuffer() : data_(mmap(nullptr, kReadBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
+    if (data_ == MAP_FAILED)
+      throw Error(ExitCode::kOutOfMemory, "not enough memory: measuring the bandwidth takes 256 MiB");
+    madvise(data_, kReadBytes, MADV_HUGEPAGE);
+    std::fill_n(static_cast<uint64_t*>(data_), kReadBytes / sizeof(uint64_t), uint64_t{1});
+  }
+  ~ReadBuffer() { munmap(data_, kReadBytes); }
+  ReadBuffer(const ReadBuffer&) = delete;
+  ReadBuffer& operator=(const ReadBuffer&) = delete;
+
+  double bytes_per_second(ThreadPool& pool) {
+    const Clock::time_point start = Clock::now();
+    std::vector<uint64_t> sums(kReadBytes / kReadPieceBytes);
+    pool.for_each(sums.size(), [&](size_t piece, size_t) {
+      const uint64_t* words = static_cast<const uint64_t*>(data_) + piece * (kReadPieceBytes / sizeof(uint64_t));
+      uint64_t lanes[16] = {};
+      for (size_t i = 0; i < kReadPieceBytes / sizeof(uint64_t); i += 16)
+        for (size_t j = 0; j < 16; j++) lanes[j] += words[i + j];
+      for (const uint64_t lane : lanes) sums[piece] += lane;
+    });
+    const double seconds = seconds_since(start);
+    uint64_t total = 0;
+    for (const uint64_t sum : sums) total += sum;
+    if (total != kReadBytes / sizeof(uint64_t))
+      throw Error(ExitCode::kInternal, "the bandwidth test read something else than it wrote");
+    return static_cast<double>(kReadBytes) / seconds;
+  }
+
+ private:
+  void* data_;
+};
+
+void report(nlohmann::ordered_json& out, const std::string& name, std::vector<double> samples) {
+  std::sort(samples.begin(), samples.end());
+  const size_t n = samples.size();
+  out[name] = (samples[(n - 1) / 2] + samples[n / 2]) / 2.0;
+  out[name + "_spread"] = samples.back() - samples.front();
+}
+
+}  // namespace
+
+nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
+  const size_t longest = options.depth + std::max(options.prompt_tokens, options.predict_tokens);
+  if (longest > engine.n_ctx) throw ContextExceeded(longest, engine.n_ctx);
+  std::mt19937 random(1);
+  std::vector<TokenId> tokens(longest);
+  for (TokenId& token : tokens) token = static_cast<TokenId>(random() % engine.config().n_vocab);
+  const std::span<const TokenId> all(tokens);
+
+  Session session(engine);
+  ReadBuffer buffer;
+  session.evaluate(all.first(std::max<size_t>(options.depth, 1)));
+  // Positions differ by the token that is read: the cache's share is that of the middle of the run.
+  const double cache_bytes = static_cast<double>(KvCache::bytes_per_position(engine.config(), engine.kv_type)) *
+                             (static_cast<double>(options.depth) + static_cast<double>(options.predict_tokens) / 2.0);
+  const double bytes_per_token = static_cast<double>(engine.model.bytes_per_token()) + cache_bytes;
+
+  std::vector<double> prefill, decode, bandwidth, fraction, bytes;
+  for (size_t i = 0; i < options.repetitions; i++) {
+    bandwidth.push_back(buffer.bytes_per_second(engine.pool));
+    if (options.prompt_tokens > 0) {
+      session.truncate(options.depth);
+      const Clock::time_point start = Clock::now();
+      session.evaluate(all.subspan(options.depth, options.prompt_tokens));
+      prefill.push_back(static_cast<double>(options.prompt_tokens) / seconds_since(start));
+    }
+    if (options.predict_tokens > 0) {
+      session.truncate(options.depth);
+      const Clock::time_point start = Clock::now();
+      for (size_t t = 0; t < options.predict_tokens; t++) session.evaluate(all.subspan(options.depth + t, 1));
+      decode.push_back(static_cast<double>(options.predict_tokens) / seconds_since(start));
+      bytes.push_back(bytes_per_token);
+      fraction.push_back(bytes_per_token * decode.back() / bandwidth.back());
+    }
+  }
+  nlohmann::ordered_json out;
+  out["model"] = engine.config().name;
+  out["threads"] = engine.pool.size();
+  out["isa"] = name_of(engine.isa);
+  out["kv_type"] = name_of(engine.kv_type);
+  out["prompt_tokens"] = options.prompt_tokens;
+  out["predict_tokens"] = options.predict_tokens;
+  out["depth"] = options.depth;
+  out["repetitions"] = options.repetitions;
+  if (!prefill.empty()) report(out, "prefill_tokens_per_second", prefill);
+  if (!decode.empty()) {
+    report(out, "decode_tokens_per_second", decode);
+    report(out, "decode_bytes_per_token", bytes);
+  }
+  report(out, "read_bandwidth_bytes_per_second", bandwidth);
+  if (!decode.empty()) report(out, "decode_bandwidth_fraction", fraction);
+  return out;
+}
+
+}  // namespace bitnet

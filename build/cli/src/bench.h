@@ -1,0 +1,21 @@
+// Speed of the model on this machine, and of the memory it is read from, measured in one run.
+#pragma once
+
+#include <nlohmann/json_fwd.hpp>
+
+#include "engine.h"
+
+namespace bitnet {
+
+struct BenchOptions {
+  size_t prompt_tokens = 512;
+  size_t predict_tokens = 64;
+  size_t depth = 0;  // positions already in the context
+  size_t repetitions = 3;
+};
+
+// Every figure is the median over the repetitions, `<figure>_spread` beside it the distance from the least to the
+// greatest.
+nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options);
+
+}  // namespace bitnet

@@ -1,0 +1,46 @@
+// A model ready to compute: the file, its tokenizer and weights, threads and buffers, put together once.
+#pragma once
+
+#include <cstddef>
+#include <string>
+
+#include "gguf.h"
+#include "kernels/kernels.h"
+#include "kv_cache.h"
+#include "model.h"
+#include "thread_pool.h"
+#include "tokenizer.h"
+#include "transformer.h"
+
+namespace bitnet {
+
+struct EngineOptions {
+  std::string model_path;
+  size_t n_ctx = 0;      // 0: the model's own, at most kDefaultContext
+  size_t n_threads = 0;  // 0: usable_processors()
+  size_t batch_size = 128;
+  Isa isa = best_isa();
+  CacheType kv_type = CacheType::kF16;
+};
+
+inline constexpr size_t kDefaultContext = 2048;
+inline constexpr size_t kMaxThreads = 256;
+
+class Engine {
+ public:
+  // Throws Error for whatever is wrong with the file, the options or the memory.
+  explicit Engine(const EngineOptions& options);
+
+  const GgufFile file;
+  const Tokenizer tokenizer;
+  const Model model;
+  const size_t n_ctx;
+  const CacheType kv_type;
+  const Isa isa;
+  ThreadPool pool;
+  Transformer transformer;
+
+  const Config& config() const { return model.config(); }
+};
+
+}  // namespace bitnet

@@ -1,0 +1,113 @@
+// AVX2 + FMA + F16C: what every x86-64 processor of AWS Lambda has.
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "half.h"
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+
+namespace bitnet {
+namespace avx2 {
+
+#include "lanes_avx2.h"
+
+constexpr int kScoreBlocks = 1;
+constexpr int kWeighVectors = 1;
+#include "float_kernels.h"
+
+inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+// R rows by N tokens. A 16-bit lane takes 4 products of at most 2 · 2 · 127 from each block, so it is emptied every 16
+// blocks.
+template <int R, int N>
+inline void tile(const uint8_t* codes, size_t stride, size_t n_blocks, const int8_t* x, size_t cols,
+                 __m256i (&acc)[N][R]) {
+  constexpr size_t kBlocksPerFlush = 16;
+  const __m256i mask = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+  for (int t = 0; t < N; t++)
+    for (int r = 0; r < R; r++) acc[t][r] = _mm256_setzero_si256();
+  for (size_t first = 0; first < n_blocks; first += kBlocksPerFlush) {
+    const size_t last = first + kBlocksPerFlush < n_blocks ? first + kBlocksPerFlush : n_blocks;
+    __m256i words[N][R];
+    for (int t = 0; t < N; t++)
+      for (int r = 0; r < R; r++) words[t][r] = _mm256_setzero_si256();
+    for (size_t b = first; b < last; b++) {
+      const int8_t* a = x + b * kTernaryBlock;
+      for (int r = 0; r < R; r++) {
+        const __m256i packed = load256(codes + static_cast<size_t>(r) * stride + b * 32);
+        const __m256i c0 = _mm256_and_si256(_mm256_srli_epi16(packed, 6), mask);
+        const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask);
+        const __m256i c2 = _mm256_and_si256(_mm256_srli_epi16(packed, 2), mask);
+        const __m256i c3 = _mm256_and_si256(packed, mask);
+        for (int t = 0; t < N; t++) {
+          const int8_t* at = a + static_cast<size_t>(t) * cols;
+          const __m256i p01 =
+              _mm256_add_epi16(_mm256_maddubs_epi16(c0, load256(at)), _mm256_maddubs_epi16(c1, load256(at + 32)));
+          const __m256i p23 =
+              _mm256_add_epi16(_mm256_maddubs_epi16(c2, load256(at + 64)), _mm256_maddubs_epi16(c3, load256(at + 96)));
+          words[t][r] = _mm256_add_epi16(words[t][r], _mm256_add_epi16(p01, p23));
+        }
+      }
+    }
+    for (int t = 0; t < N; t++)
+      for (int r = 0; r < R; r++) acc[t][r] = _mm256_add_epi32(acc[t][r], _mm256_madd_epi16(words[t][r], ones));
+  }
+}
+
+inline int32_t sum_int(__m256i a) {
+  __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+  s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
+  return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
+}
+
+template <int R, int N>
+inline void tile_and_store(const TernaryRows& w, size_t r, const Activations& x, size_t t, int32_t* out,
+                           size_t out_stride) {
+  __m256i acc[N][R];
+  tile<R, N>(w.codes + r * (w.cols / 4), w.cols / 4, w.cols / kTernaryBlock, x.values + t * w.cols, w.cols, acc);
+  for (int n = 0; n < N; n++)  // codes are weights + 1
+    for (int i = 0; i < R; i++)
+      out[(t + static_cast<size_t>(n)) * out_stride + r + static_cast<size_t>(i)] =
+          sum_int(acc[n][i]) - x.sums[t + static_cast<size_t>(n)];
+}
+
+template <int R>
+inline void row_group(const TernaryRows& w, size_t r, const Activations& x, int32_t* out, size_t out_stride) {
+  size_t t = 0;
+  for (; t + 4 <= x.n_tokens; t += 4) {
+    constexpr int kHalf = R >= 2 ? 2 : 1;  // two rows by four tokens is what the registers hold
+    for (int i = 0; i < R; i += kHalf) tile_and_store<kHalf, 4>(w, r + static_cast<size_t>(i), x, t, out, out_stride);
+  }
+  for (; t < x.n_tokens; t++) tile_and_store<R, 1>(w, r, x, t, out, out_stride);
+}
+
+void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
+  size_t r = 0;
+  for (; r + 4 <= w.rows; r += 4) row_group<4>(w, r, x, out, out_stride);
+  for (; r < w.rows; r++) row_group<1>(w, r, x, out, out_stride);
+}
+
+}  // namespace avx2
+
+const Kernels kAvx2Kernels = {
+    .isa = Isa::kAvx2,
+    .rms_norm = avx2::rms_norm,
+    .quantize = avx2::quantize,
+    .ternary_matmul = avx2::ternary_matmul,
+    .dequantize = avx2::dequantize,
+    .add = avx2::add_to,
+    .relu2_mul = avx2::relu2_mul,
+    .rope = avx2::rope,
+    .store_key = avx2::store_key,
+    .store_value = avx2::store_value,
+    .attention = avx2::attention,
+    .dot_rows = avx2::dot_rows,
+};
+
+}  // namespace bitnet
+
+#pragma GCC pop_options

@@ -1,0 +1,277 @@
+// The float kernels, written once over sixteen lanes. Included by scalar.cpp, avx2.cpp and avx512.cpp after their
+// lanes_*.h, each inside its own namespace and under its own target, so that the order of every operation is the same
+// by construction.
+
+// eˣ for x ≤ 0; below −87 the result stays at e⁻⁸⁷ ≈ 1.6e-38. Within 2 ulp. Polynomial: Cephes, expf.c.
+inline F32x16 exp_negative(F32x16 x) {
+  x = max(x, set1(-87.0f));
+  const F32x16 n = rint(mul(x, set1(1.44269504088896341f)));
+  F32x16 r = fma(n, set1(-0.693359375f), x);
+  r = fma(n, set1(2.12194440e-4f), r);
+  F32x16 p = set1(1.9875691500e-4f);
+  p = fma(p, r, set1(1.3981999507e-3f));
+  p = fma(p, r, set1(8.3334519073e-3f));
+  p = fma(p, r, set1(4.1665795894e-2f));
+  p = fma(p, r, set1(1.6666665459e-1f));
+  p = fma(p, r, set1(5.0000001201e-1f));
+  p = add(fma(p, mul(r, r), r), set1(1.0f));
+  return mul(p, exp2_integral(n));
+}
+
+void rms_norm(const float* x, const float* weight, float epsilon, size_t n, float* out) {
+  F64x16 squares = zero64();
+  for (size_t i = 0; i < n; i += kLanes) {
+    const F32x16 v = load(x + i);
+    squares = add(squares, mul(v, v));
+  }
+  const float mean = static_cast<float>(sum(squares) / static_cast<double>(n));
+  const F32x16 scale = set1(1.0f / __builtin_sqrtf(mean + epsilon));
+  for (size_t i = 0; i < n; i += kLanes) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
+}
+
+float quantize(const float* x, size_t n, int8_t* out, int32_t* total) {
+  F32x16 largest = zero();
+  for (size_t i = 0; i < n; i += kLanes) largest = max(abs(load(x + i)), largest);
+  const float amplitude = maximum(largest);
+  const float s = static_cast<float>(127.0 / static_cast<double>(amplitude > 1e-5f ? amplitude : 1e-5f));
+  const F32x16 scale = set1(s);
+  for (size_t i = 0; i < n; i += kLanes) store_int8(out + i, mul(load(x + i), scale));
+  int32_t t = 0;
+  for (size_t i = 0; i < n; i++) t += out[i];
+  *total = t;
+  return s;
+}
+
+void dequantize(const int32_t* sums, float activation_scale, float weight_scale, size_t n, float* out) {
+  const F32x16 s = set1(activation_scale), w = set1(weight_scale);
+  for (size_t i = 0; i < n; i += kLanes) store(out + i, mul(div(load_int32(sums + i), s), w));
+}
+
+void add_to(float* x, const float* y, size_t n) {
+  for (size_t i = 0; i < n; i += kLanes) store(x + i, add(load(x + i), load(y + i)));
+}
+
+void relu2_mul(float* gate, const float* up, size_t n) {
+  for (size_t i = 0; i < n; i += kLanes) {
+    const F32x16 positive = max(load(gate + i), zero());
+    store(gate + i, mul(mul(positive, positive), load(up + i)));
+  }
+}
+
+void rope(float* head, const float* cosines, const float* sines, size_t head_dim) {
+  const size_t half = head_dim / 2;
+  for (size_t i = 0; i < half; i++) {
+    const float a = head[i], b = head[i + half];
+    head[i] = a * cosines[i] - b * sines[i];
+    head[i + half] = b * cosines[i] + a * sines[i];
+  }
+}
+
+inline F32x16 load_cached(const float* p) { return load(p); }
+inline F32x16 load_cached(const uint16_t* p) { return load_half(p); }
+
+void store_key(const float* key, void* keys, CacheType type, size_t position, size_t head_dim) {
+  const size_t base = position / kPositionsPerBlock * head_dim * kPositionsPerBlock + position % kPositionsPerBlock;
+  if (type == CacheType::kF32) {
+    float* out = static_cast<float*>(keys) + base;
+    for (size_t d = 0; d < head_dim; d++) out[d * kPositionsPerBlock] = key[d];
+    return;
+  }
+  uint16_t* out = static_cast<uint16_t*>(keys) + base;
+  for (size_t d = 0; d < head_dim; d += kLanes) {
+    uint16_t halves[kLanes];
+    store_half(halves, load(key + d));
+    for (size_t i = 0; i < kLanes; i++) out[(d + i) * kPositionsPerBlock] = halves[i];
+  }
+}
+
+void store_value(const float* value, void* values, CacheType type, size_t position, size_t head_dim) {
+  for (size_t d = 0; d < head_dim; d += kLanes) {
+    if (type == CacheType::kF32)
+      store(static_cast<float*>(values) + position * head_dim + d, load(value + d));
+    else
+      store_half(static_cast<uint16_t*>(values) + position * head_dim + d, load(value + d));
+  }
+}
+
+// scores[h · stride + position] = q[h] · k[position] / √head_dim for H heads and B blocks of positions.
+template <class T, int H, int B>
+inline void score(const float* q, size_t head_dim, const T* keys, float factor, float* scores, size_t stride) {
+  F32x16 acc[B][H];
+  for (int b = 0; b < B; b++)
+    for (int h = 0; h < H; h++) acc[b][h] = zero();
+  for (size_t d = 0; d < head_dim; d++)
+    for (int b = 0; b < B; b++) {
+      const F32x16 k = load_cached(keys + (static_cast<size_t>(b) * head_dim + d) * kPositionsPerBlock);
+      for (int h = 0; h < H; h++) acc[b][h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d]), k, acc[b][h]);
+    }
+  for (int b = 0; b < B; b++)
+    for (int h = 0; h < H; h++)
+      store(scores + static_cast<size_t>(h) * stride + static_cast<size_t>(b) * kPositionsPerBlock,
+            mul(acc[b][h], set1(factor)));
+}
+
+// In place: scores → e^(score − largest); returns their sum. Lanes past n become 0.
+inline float softmax_numerators(float* scores, size_t n) {
+  const size_t whole = n / kLanes * kLanes;
+  const float lowest = -__builtin_inff();
+  F32x16 largest = set1(lowest);
+  for (size_t i = 0; i < whole; i += kLanes) largest = max(load(scores + i), largest);
+  if (whole < n) largest = max(keep_first(load(scores + whole), n - whole, lowest), largest);
+  const F32x16 top = set1(maximum(largest));
+  F32x16 total = zero();
+  for (size_t i = 0; i < n; i += kLanes) {
+    F32x16 e = exp_negative(sub(load(scores + i), top));
+    if (i == whole) e = keep_first(e, n - whole, 0.0f);
+    store(scores + i, e);
+    total = add(total, e);
+  }
+  return sum(total);
+}
+
+// out[h][d] = Σ p[h][position] · v[position][d] / total[h] for H heads and D vectors of dimensions.
+template <class T, int H, int D>
+inline void weigh(const float* p, size_t stride, const float* totals, const T* values, size_t n, size_t head_dim,
+                  float* out) {
+  F32x16 acc[H][D];
+  for (int h = 0; h < H; h++)
+    for (int d = 0; d < D; d++) acc[h][d] = zero();
+  for (size_t j = 0; j < n; j++) {
+    F32x16 v[D];
+    for (int d = 0; d < D; d++) v[d] = load_cached(values + j * head_dim + static_cast<size_t>(d) * kLanes);
+    for (int h = 0; h < H; h++) {
+      const F32x16 weight = set1(p[static_cast<size_t>(h) * stride + j]);
+      for (int d = 0; d < D; d++) acc[h][d] = fma(weight, v[d], acc[h][d]);
+    }
+  }
+  for (int h = 0; h < H; h++)
+    for (int d = 0; d < D; d++)
+      store(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes, div(acc[h][d], set1(totals[h])));
+}
+
+template <class T, int H>
+inline void attend(const float* q, const AttentionSpan& span, float* scores, float* out) {
+  const T* keys = static_cast<const T*>(span.keys);
+  const T* values = static_cast<const T*>(span.values);
+  const size_t n = span.n_positions, head_dim = span.head_dim;
+  const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, stride = n_blocks * kPositionsPerBlock;
+  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
+  const size_t block_elements = head_dim * kPositionsPerBlock;
+  size_t b = 0;
+  for (; b + kScoreBlocks <= n_blocks; b += kScoreBlocks)
+    score<T, H, kScoreBlocks>(q, head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock, stride);
+  for (; b < n_blocks; b++)
+    score<T, H, 1>(q, head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock, stride);
+  float totals[H];
+  for (int h = 0; h < H; h++) totals[h] = softmax_numerators(scores + static_cast<size_t>(h) * stride, n);
+  size_t d = 0;
+  for (; d + kWeighVectors * kLanes <= head_dim; d += kWeighVectors * kLanes)
+    weigh<T, H, kWeighVectors>(scores, stride, totals, values + d, n, head_dim, out + d);
+  for (; d < head_dim; d += kLanes) weigh<T, H, 1>(scores, stride, totals, values + d, n, head_dim, out + d);
+}
+
+template <class T>
+inline void attend_all(const float* q, size_t n_heads, const AttentionSpan& span, float* scratch, float* out) {
+  size_t h = 0;
+  for (; h + 4 <= n_heads; h += 4) attend<T, 4>(q + h * span.head_dim, span, scratch, out + h * span.head_dim);
+  for (; h + 2 <= n_heads; h += 2) attend<T, 2>(q + h * span.head_dim, span, scratch, out + h * span.head_dim);
+  for (; h < n_heads; h++) attend<T, 1>(q + h * span.head_dim, span, scratch, out + h * span.head_dim);
+}
+
+void attention(const float* queries, size_t n_heads, const AttentionSpan& span, float* scratch, float* out) {
+  if (span.type == CacheType::kF32)
+    attend_all<float>(queries, n_heads, span, scratch, out);
+  else
+    attend_all<uint16_t>(queries, n_heads, span, scratch, out);
+}
+
+// Sixteen weights of a row from element i on.
+template <RowType type>
+inline F32x16 load_weights(const uint8_t* row, size_t i) {
+  if constexpr (type == RowType::kF32) return load(reinterpret_cast<const float*>(row) + i);
+  if constexpr (type == RowType::kF16) return load_half(reinterpret_cast<const uint16_t*>(row) + i);
+  if constexpr (type == RowType::kBF16) return load_bfloat(reinterpret_cast<const uint16_t*>(row) + i);
+  const uint8_t* block = row + i / 32 * 34;  // Q8_0: an f16 scale, then 32 int8
+  uint16_t scale;
+  __builtin_memcpy(&scale, block, 2);
+  return mul(set1(half_to_float(scale)), load_int8(reinterpret_cast<const int8_t*>(block + 2 + i % 32)));
+}
+
+template <RowType type, int R>
+inline void dot_group(const uint8_t* rows, size_t stride, size_t cols, const float* x, float* out) {
+  F32x16 acc[R];
+  for (int r = 0; r < R; r++) acc[r] = zero();
+  for (size_t i = 0; i < cols; i += kLanes) {
+    const F32x16 v = load(x + i);
+    for (int r = 0; r < R; r++) acc[r] = fma(load_weights<type>(rows + static_cast<size_t>(r) * stride, i), v, acc[r]);
+  }
+  for (int r = 0; r < R; r++) out[r] = sum(acc[r]);
+}
+
+template <RowType type>
+inline void dot_all(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
+  constexpr int kGroup = 4;
+  const size_t stride = row_bytes(type, w.cols);
+  const uint8_t* data = static_cast<const uint8_t*>(w.data);
+  size_t r = 0;
+  for (; r + kGroup <= w.rows; r += kGroup)
+    for (size_t t = 0; t < n_tokens; t++)
+      dot_group<type, kGroup>(data + r * stride, stride, w.cols, x + t * w.cols, out + t * out_stride + r);
+  for (; r < w.rows; r++)
+    for (size_t t = 0; t < n_tokens; t++)
+      dot_group<type, 1>(data + r * stride, stride, w.cols, x + t * w.cols, out + t * out_stride + r);
+}
+
+// Q6_K: 256 weights in 210 bytes: 128 low nibbles' bytes, 64 bytes of high bit pairs, 16 int8 scales, an f16 scale
+// (ggml-quants.c).
+inline void decode_q6_k(const uint8_t* block, float* out) {
+  const uint8_t *low = block, *high = block + 128;
+  const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
+  uint16_t half;
+  __builtin_memcpy(&half, block + 208, 2);
+  const float d = half_to_float(half);
+  int8_t q[256];
+  for (int part = 0; part < 2; part++, low += 64, high += 32)
+    for (int i = 0; i < 32; i++) {
+      int8_t* p = q + part * 128 + i;
+      p[0] = static_cast<int8_t>(((low[i] & 15) | (high[i] & 3) << 4) - 32);
+      p[32] = static_cast<int8_t>(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
+      p[64] = static_cast<int8_t>((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
+      p[96] = static_cast<int8_t>((low[i + 32] >> 4 | (high[i] >> 6) << 4) - 32);
+    }
+  for (int i = 0; i < 16; i++) store(out + i * 16, mul(set1(d * static_cast<float>(scales[i])), load_int8(q + i * 16)));
+}
+
+inline void dot_q6_k(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
+  constexpr size_t kBlock = 256, kGroup = 4;  // tokens whose sums are carried through one pass over a row
+  const size_t stride = row_bytes(RowType::kQ6_K, w.cols);
+  for (size_t r = 0; r < w.rows; r++)
+    for (size_t t0 = 0; t0 < n_tokens; t0 += kGroup) {
+      const size_t n = n_tokens - t0 < kGroup ? n_tokens - t0 : kGroup;
+      const uint8_t* row = static_cast<const uint8_t*>(w.data) + r * stride;
+      F32x16 acc[kGroup] = {zero(), zero(), zero(), zero()};
+      for (size_t i = 0; i < w.cols; i += kBlock) {
+        float weights[kBlock];
+        decode_q6_k(row + i / kBlock * 210, weights);
+        for (size_t t = 0; t < n; t++)
+          for (size_t j = 0; j < kBlock; j += kLanes)
+            acc[t] = fma(load(weights + j), load(x + (t0 + t) * w.cols + i + j), acc[t]);
+      }
+      for (size_t t = 0; t < n; t++) out[(t0 + t) * out_stride + r] = sum(acc[t]);
+    }
+}
+
+void dot_rows(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
+  switch (w.type) {
+    case RowType::kF32:
+      return dot_all<RowType::kF32>(w, x, n_tokens, out, out_stride);
+    case RowType::kF16:
+      return dot_all<RowType::kF16>(w, x, n_tokens, out, out_stride);
+    case RowType::kBF16:
+      return dot_all<RowType::kBF16>(w, x, n_tokens, out, out_stride);
+    case RowType::kQ8_0:
+      return dot_all<RowType::kQ8_0>(w, x, n_tokens, out, out_stride);
+    case RowType::kQ6_K:
+      return dot_q6_k(w, x, n_tokens, out, out_stride);
+  }
+}

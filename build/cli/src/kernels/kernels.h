@@ -1,0 +1,108 @@
+// The arithmetic of the engine. One table of functions for each instruction set; every table gives the same bits,
+// because integer sums are exact and every float reduction has one fixed order, that of 16 lanes: element i goes to
+// lane i mod 16, and lanes are added as a tree (8 + 8, 4 + 4, 2 + 2, 1 + 1). The scalar table is the definition.
+//
+// Sizes: `cols` of a ternary matrix is a multiple of kTernaryBlock; head_dim, `cols` of the output matrix and every
+// other count of floats are multiples of kLanes. Rows and tokens may be any number.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <string_view>
+
+namespace bitnet {
+
+inline constexpr size_t kLanes = 16;              // float lanes of every reduction
+inline constexpr size_t kTernaryBlock = 128;      // weights in 32 bytes of I2_S
+inline constexpr size_t kPositionsPerBlock = 16;  // positions that lie side by side in the key cache
+
+enum class Isa { kScalar, kAvx2, kAvx512 };
+enum class CacheType { kF16, kF32 };
+enum class RowType { kF32, kF16, kBF16, kQ8_0, kQ6_K };  // how a row of the output matrix is stored
+
+std::string_view name_of(Isa isa);
+std::string_view name_of(CacheType type);
+
+// A run of rows of a ternary matrix in the I2_S layout (32 bytes hold 128 codes; code c is the weight c − 1).
+struct TernaryRows {
+  const uint8_t* codes;  // (rows, cols / 4)
+  size_t rows;
+  size_t cols;
+};
+
+// Quantised activations of several tokens.
+struct Activations {
+  const int8_t* values;  // (n_tokens, cols)
+  const int32_t* sums;   // (n_tokens): Σ values of a token
+  size_t n_tokens;
+};
+
+// A run of rows of the output matrix.
+struct FloatRows {
+  RowType type;
+  const void* data;  // (rows, row_bytes(type, cols))
+  size_t rows;
+  size_t cols;
+};
+
+// Keys and values of one layer and one kv head. Keys lie in blocks of 16 positions, (n_ctx / 16, head_dim, 16), so that
+// one vector holds the same dimension of 16 positions; values as (n_ctx, head_dim). Both are of the cache's type.
+struct AttentionSpan {
+  const void* keys;
+  const void* values;
+  CacheType type;
+  size_t n_positions;  // how many are attended to; the rest of the last block is ignored
+  size_t head_dim;
+};
+
+struct Kernels {
+  Isa isa;
+
+  // out[i] = x[i] / √(mean(x²) + epsilon) · weight[i]; squares in f32, their mean in f64.
+  void (*rms_norm)(const float* x, const float* weight, float epsilon, size_t n, float* out);
+
+  // out[i] = clip(rint(x[i] · s), −128, 127) with s = 127 / max(|x|, 1e-5), which is returned; *sum = Σ out[i].
+  float (*quantize)(const float* x, size_t n, int8_t* out, int32_t* sum);
+
+  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly.
+  void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
+
+  // out[i] = float(sums[i]) / activation_scale · weight_scale, in this order.
+  void (*dequantize)(const int32_t* sums, float activation_scale, float weight_scale, size_t n, float* out);
+
+  // x[i] += y[i]
+  void (*add)(float* x, const float* y, size_t n);
+
+  // gate[i] = relu(gate[i])² · up[i]
+  void (*relu2_mul)(float* gate, const float* up, size_t n);
+
+  // NEOX rotation of one head: pairs (i, i + head_dim / 2) by the angles whose cosines and sines are given, (head_dim /
+  // 2).
+  void (*rope)(float* head, const float* cosines, const float* sines, size_t head_dim);
+
+  // Puts one position's key and value (head_dim) into a cache laid out as AttentionSpan says.
+  void (*store_key)(const float* key, void* keys, CacheType type, size_t position, size_t head_dim);
+  void (*store_value)(const float* value, void* values, CacheType type, size_t position, size_t head_dim);
+
+  // softmax(q kᵀ / √head_dim) v for n_heads query heads that share one kv head; queries and out are (n_heads,
+  // head_dim), scratch holds n_heads · (n_positions rounded up to 16) floats.
+  void (*attention)(const float* queries, size_t n_heads, const AttentionSpan& span, float* scratch, float* out);
+
+  // out[t · out_stride + r] = Σᵢ w.rows[r][i] · x[t · cols + i], with the weights as decode_row gives them.
+  void (*dot_rows)(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride);
+};
+
+// The table for an instruction set that this processor has (asked or not: see supported()).
+const Kernels& kernels_for(Isa isa);
+bool supported(Isa isa);
+Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA or F16C is missing
+
+// Bytes of one row of `cols` weights.
+size_t row_bytes(RowType type, size_t cols);
+void decode_row(RowType type, const void* row, size_t cols, float* out);
+
+extern const Kernels kScalarKernels;
+extern const Kernels kAvx2Kernels;
+extern const Kernels kAvx512Kernels;
+
+}  // namespace bitnet

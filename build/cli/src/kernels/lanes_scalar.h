@@ -1,0 +1,105 @@
+// Sixteen float lanes, one after another: the definition of what lanes_avx2.h and lanes_avx512.h do at once.
+// Included once by scalar.cpp, inside its namespace.
+
+struct F32x16 {
+  float v[16];
+};
+
+template <class F>
+inline F32x16 each(F f) {
+  F32x16 out;
+  for (int i = 0; i < 16; i++) out.v[i] = f(i);
+  return out;
+}
+
+inline F32x16 zero() { return F32x16{}; }
+inline F32x16 set1(float a) {
+  return each([&](int) { return a; });
+}
+inline F32x16 load(const float* p) {
+  return each([&](int i) { return p[i]; });
+}
+inline F32x16 load_half(const uint16_t* p) {
+  return each([&](int i) { return half_to_float(p[i]); });
+}
+inline F32x16 load_bfloat(const uint16_t* p) {
+  return each([&](int i) { return bfloat_to_float(p[i]); });
+}
+inline F32x16 load_int8(const int8_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i]); });
+}
+inline F32x16 load_int32(const int32_t* p) {
+  return each([&](int i) { return static_cast<float>(p[i]); });
+}
+inline void store(float* p, F32x16 a) {
+  for (int i = 0; i < 16; i++) p[i] = a.v[i];
+}
+inline void store_half(uint16_t* p, F32x16 a) {
+  for (int i = 0; i < 16; i++) p[i] = float_to_half(a.v[i]);
+}
+// Rounds to the nearest integer (ties to even); values lie within ±2³¹.
+inline void store_int8(int8_t* p, F32x16 a) {
+  for (int i = 0; i < 16; i++) {
+    const float rounded = std::nearbyint(a.v[i]);
+    p[i] = static_cast<int8_t>(rounded > 127.0f ? 127.0f : rounded >= -128.0f ? rounded : -128.0f);
+  }
+}
+inline F32x16 add(F32x16 a, F32x16 b) {
+  return each([&](int i) { return a.v[i] + b.v[i]; });
+}
+inline F32x16 sub(F32x16 a, F32x16 b) {
+  return each([&](int i) { return a.v[i] - b.v[i]; });
+}
+inline F32x16 mul(F32x16 a, F32x16 b) {
+  return each([&](int i) { return a.v[i] * b.v[i]; });
+}
+inline F32x16 div(F32x16 a, F32x16 b) {
+  return each([&](int i) { return a.v[i] / b.v[i]; });
+}
+inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
+  return each([&](int i) { return std::fma(a.v[i], b.v[i], c.v[i]); });
+}
+// a > b ? a : b, as MAXPS does it (b where either is NaN).
+inline F32x16 max(F32x16 a, F32x16 b) {
+  return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
+}
+inline F32x16 abs(F32x16 a) {
+  return each([&](int i) { return std::fabs(a.v[i]); });
+}
+inline F32x16 rint(F32x16 a) {
+  return each([&](int i) { return std::nearbyint(a.v[i]); });
+}
+// 2ⁿ for integral n in −126…127
+inline F32x16 exp2_integral(F32x16 n) {
+  return each([&](int i) { return std::bit_cast<float>((static_cast<int32_t>(n.v[i]) + 127) << 23); });
+}
+// Lanes at `count` and above become `fill`.
+inline F32x16 keep_first(F32x16 a, size_t count, float fill) {
+  return each([&](int i) { return static_cast<size_t>(i) < count ? a.v[i] : fill; });
+}
+template <class F>
+inline float tree(F32x16 a, F f) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) a.v[i] = f(a.v[i], a.v[i + half]);
+  return a.v[0];
+}
+inline float sum(F32x16 a) {
+  return tree(a, [](float x, float y) { return x + y; });
+}
+inline float maximum(F32x16 a) {
+  return tree(a, [](float x, float y) { return x > y ? x : y; });
+}
+
+struct F64x16 {
+  double v[16];
+};
+inline F64x16 zero64() { return F64x16{}; }
+inline F64x16 add(F64x16 a, F32x16 b) {
+  for (int i = 0; i < 16; i++) a.v[i] += static_cast<double>(b.v[i]);
+  return a;
+}
+inline double sum(F64x16 a) {
+  for (int half = 8; half > 0; half /= 2)
+    for (int i = 0; i < half; i++) a.v[i] += a.v[i + half];
+  return a.v[0];
+}

@@ -1,0 +1,188 @@
+#include "model.h"
+
+#include <cmath>
+#include <cstring>
+
+#include "elementary.h"
+#include "error.h"
+
+namespace bitnet {
+namespace {
+
+constexpr size_t kMaxDimension = size_t{1}
+                                 << 20;  // of anything but the vocabulary: keeps every product far from overflow
+constexpr size_t kMaxLayers = 1024;
+constexpr size_t kMaxVocabulary = size_t{1} << 24;
+constexpr size_t kMaxContext = size_t{1} << 20;
+
+[[noreturn]] void invalid(const GgufFile& file, const std::string& what) {
+  throw Error(ExitCode::kInvalidModel, file.path() + ": " + what);
+}
+
+std::string shape_string(const std::vector<uint64_t>& shape) {
+  std::string out = "[";
+  for (size_t i = 0; i < shape.size(); i++) out += (i ? ", " : "") + std::to_string(shape[i]);
+  return out + "]";
+}
+
+const Tensor& find(const GgufFile& file, const std::string& name, const std::vector<uint64_t>& shape) {
+  const Tensor* tensor = file.find_tensor(name);
+  if (!tensor) invalid(file, "tensor " + name + " is missing");
+  if (tensor->shape != shape)
+    invalid(file, "tensor " + name + " has shape " + shape_string(tensor->shape) + ", expected " + shape_string(shape));
+  return *tensor;
+}
+
+[[noreturn]] void wrong_type(const GgufFile& file, const Tensor& tensor, const std::string& expected) {
+  throw Error(ExitCode::kUnsupportedModel, file.path() + ": tensor " + std::string(tensor.name) + " has type " +
+                                               std::string(name_of(tensor.type)) + ", expected " + expected);
+}
+
+const float* vector(const GgufFile& file, const std::string& name, size_t n) {
+  const Tensor& tensor = find(file, name, {n});
+  if (tensor.type != TensorType::kF32) wrong_type(file, tensor, "F32");
+  return reinterpret_cast<const float*>(tensor.bytes.data());
+}
+
+TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
+  const Tensor& tensor = find(file, name, {cols, rows});
+  if (tensor.type != TensorType::kI2_S) wrong_type(file, tensor, "I2_S");
+  if (cols % kTernaryBlock != 0)
+    invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) + " weights, not a multiple of " +
+                      std::to_string(kTernaryBlock));
+  TernaryMatrix matrix{reinterpret_cast<const uint8_t*>(tensor.bytes.data()), rows, cols, 0.0f};
+  std::memcpy(&matrix.scale, matrix.codes + matrix.bytes(), sizeof(float));
+  if (!std::isfinite(matrix.scale)) invalid(file, "tensor " + name + " has a scale that is not finite");
+  return matrix;
+}
+
+FloatMatrix matrix(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
+  const Tensor& tensor = find(file, name, {cols, rows});
+  const auto as = [&](RowType type) { return FloatMatrix{type, tensor.bytes.data(), rows, cols}; };
+  switch (tensor.type) {
+    case TensorType::kF32:
+      return as(RowType::kF32);
+    case TensorType::kF16:
+      return as(RowType::kF16);
+    case TensorType::kBF16:
+      return as(RowType::kBF16);
+    case TensorType::kQ8_0:
+      return as(RowType::kQ8_0);
+    case TensorType::kQ6_K:
+      return as(RowType::kQ6_K);
+    case TensorType::kI2_S:
+      break;
+  }
+  wrong_type(file, tensor, "F32, F16, BF16, Q8_0 or Q6_K");
+}
+
+Config read_config(const GgufFile& file) {
+  Config c{};
+  c.architecture = file.get_string("general.architecture");
+  if (c.architecture != "bitnet-b1.58" && c.architecture != "bitnet-25" && c.architecture != "bitnet")
+    throw Error(ExitCode::kUnsupportedModel, file.path() + ": general.architecture is \"" + c.architecture +
+                                                 "\"; this program runs bitnet-b1.58, bitnet-25 and bitnet");
+  c.name = file.find_string("general.name").value_or("");
+  const std::string prefix = c.architecture + ".";
+  const auto in_range = [&](const std::string& key, uint64_t value, size_t largest) {
+    if (value < 1 || value > largest)
+      invalid(file, prefix + key + " is " + std::to_string(value) + ", expected 1 to " + std::to_string(largest));
+    return static_cast<size_t>(value);
+  };
+  const auto size = [&](const std::string& key, size_t largest) {
+    return in_range(key, file.get_uint(prefix + key), largest);
+  };
+  c.dim = size("embedding_length", kMaxDimension);
+  c.n_layers = size("block_count", kMaxLayers);
+  c.ffn_dim = size("feed_forward_length", kMaxDimension);
+  c.n_ctx = size("context_length", kMaxContext);
+  c.n_heads = size("attention.head_count", kMaxDimension);
+  c.n_kv_heads = in_range("attention.head_count_kv",
+                          file.find_uint(prefix + "attention.head_count_kv").value_or(c.n_heads), c.n_heads);
+  if (c.n_heads % c.n_kv_heads != 0)
+    invalid(file, prefix + "attention.head_count " + std::to_string(c.n_heads) +
+                      " is not a multiple of head_count_kv " + std::to_string(c.n_kv_heads));
+  const size_t rope_dim = file.find_uint(prefix + "rope.dimension_count").value_or(c.dim / c.n_heads);
+  c.head_dim = in_range("attention.key_length", file.find_uint(prefix + "attention.key_length").value_or(rope_dim),
+                        kMaxDimension);
+  const size_t value_dim = file.find_uint(prefix + "attention.value_length").value_or(c.head_dim);
+  if (rope_dim != c.head_dim || value_dim != c.head_dim || c.head_dim % kLanes != 0)
+    throw Error(ExitCode::kUnsupportedModel,
+                file.path() + ": heads of " + std::to_string(c.head_dim) + " (keys), " + std::to_string(value_dim) +
+                    " (values), " + std::to_string(rope_dim) +
+                    " (rotated) dimensions; this program wants them equal and a multiple of " + std::to_string(kLanes));
+  const std::string scaling(file.find_string(prefix + "rope.scaling.type").value_or("none"));
+  if (scaling != "none")
+    throw Error(ExitCode::kUnsupportedModel,
+                file.path() + ": " + prefix + "rope.scaling.type \"" + scaling + "\" is not supported");
+  c.norm_epsilon = static_cast<float>(file.get_float(prefix + "attention.layer_norm_rms_epsilon"));
+  c.rope_base = file.find_float(prefix + "rope.freq_base").value_or(10000.0);
+  if (!(c.norm_epsilon >= 0.0f && c.norm_epsilon < 1.0f))
+    invalid(file, prefix + "attention.layer_norm_rms_epsilon is out of range");
+  if (!(c.rope_base >= 1.0 && c.rope_base <= 1e12)) invalid(file, prefix + "rope.freq_base is out of range");
+  const Tensor* embedding = file.find_tensor("token_embd.weight");
+  if (!embedding) invalid(file, "tensor token_embd.weight is missing");
+  const uint64_t vocabulary =
+      file.find_uint(prefix + "vocab_size").value_or(embedding->shape.size() == 2 ? embedding->shape[1] : 0);
+  c.n_vocab = in_range("vocab_size", vocabulary, kMaxVocabulary);
+  return c;
+}
+
+}  // namespace
+
+Model::Model(const GgufFile& file) : config_(read_config(file)) {
+  const Config& c = config_;
+  token_embedding_ = matrix(file, "token_embd.weight", c.n_vocab, c.dim);
+  output_ = file.find_tensor("output.weight") ? matrix(file, "output.weight", c.n_vocab, c.dim) : token_embedding_;
+  output_norm_ = vector(file, "output_norm.weight", c.dim);
+  layers_.reserve(c.n_layers);
+  for (size_t i = 0; i < c.n_layers; i++) {
+    const std::string block = "blk." + std::to_string(i) + ".";
+    layers_.push_back({
+        .attn_norm = vector(file, block + "attn_norm.weight", c.dim),
+        .q = ternary(file, block + "attn_q.weight", c.q_dim(), c.dim),
+        .k = ternary(file, block + "attn_k.weight", c.kv_dim(), c.dim),
+        .v = ternary(file, block + "attn_v.weight", c.kv_dim(), c.dim),
+        .attn_sub_norm = vector(file, block + "attn_sub_norm.weight", c.q_dim()),
+        .attn_output = ternary(file, block + "attn_output.weight", c.dim, c.q_dim()),
+        .ffn_norm = vector(file, block + "ffn_norm.weight", c.dim),
+        .gate = ternary(file, block + "ffn_gate.weight", c.ffn_dim, c.dim),
+        .up = ternary(file, block + "ffn_up.weight", c.ffn_dim, c.dim),
+        .ffn_sub_norm = vector(file, block + "ffn_sub_norm.weight", c.ffn_dim),
+        .down = ternary(file, block + "ffn_down.weight", c.dim, c.ffn_dim),
+    });
+  }
+  // 1 / base^(2i / head_dim), each step rounded to float as in the training code; divided by rope_freqs where the file
+  // has them.
+  const size_t half = c.head_dim / 2;
+  const float* factors = file.find_tensor("rope_freqs.weight") ? vector(file, "rope_freqs.weight", half) : nullptr;
+  const double root = nth_root(c.rope_base, half);
+  double power = 1.0;
+  for (size_t i = 0; i < half; i++, power *= root) {
+    const float frequency = 1.0f / static_cast<float>(power);
+    rope_frequencies_.push_back(factors ? frequency / factors[i] : frequency);
+    if (!(rope_frequencies_.back() >= 0.0f && rope_frequencies_.back() <= 1.0f))
+      invalid(file, "tensor rope_freqs.weight gives a frequency out of 0 to 1");
+  }
+}
+
+size_t Model::n_params() const {
+  const Config& c = config_;
+  const size_t attention = c.dim * (2 * c.q_dim() + 2 * c.kv_dim()), ffn = 3 * c.dim * c.ffn_dim;
+  const size_t norms = 2 * c.dim + c.q_dim() + c.ffn_dim;
+  const size_t embeddings = c.n_vocab * c.dim * (output_.data == token_embedding_.data ? 1 : 2);
+  return c.n_layers * (attention + ffn + norms) + c.dim + embeddings;
+}
+
+size_t Model::bytes_per_token() const {
+  size_t bytes = output_.bytes() + config_.dim * sizeof(float);
+  for (const Layer& layer : layers_) {
+    for (const TernaryMatrix* m :
+         {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
+      bytes += m->bytes();
+    bytes += (2 * config_.dim + config_.q_dim() + config_.ffn_dim) * sizeof(float);
+  }
+  return bytes;
+}
+
+}  // namespace bitnet

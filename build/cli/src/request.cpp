@@ -1,0 +1,188 @@
+#include "request.h"
+
+#include <cmath>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <random>
+#include <set>
+
+namespace bitnet {
+namespace {
+
+using Json = nlohmann::json;
+
+constexpr size_t kMaxIdBytes = 128;
+constexpr size_t kMaxStopStrings = 64;
+constexpr size_t kMaxStopBytes = 4096;
+constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+constexpr int64_t kMaxTimeoutMs = 86'400'000;
+
+[[noreturn]] void refuse(const std::string& field, const std::string& message) {
+  throw RequestError("invalid_request", field, field + ": " + message);
+}
+
+// What a value is, for a message; never a text that the user wrote.
+std::string shown(const Json& value) {
+  if (value.is_number() || value.is_boolean() || value.is_null()) return value.dump();
+  return std::string("a value of type ") + value.type_name();
+}
+
+// Reads the fields of one object and remembers which were asked for, so that what is left can be refused.
+class Fields {
+ public:
+  explicit Fields(const Json& object) : object_(object) {}
+
+  const Json* find(const std::string& name) {
+    known_.insert(name);
+    const auto it = object_.find(name);
+    return it == object_.end() ? nullptr : &*it;
+  }
+
+  int64_t integer(const std::string& name, int64_t fallback, int64_t least, int64_t most) {
+    const Json* value = find(name);
+    if (!value) return fallback;
+    const bool fits = value->is_number_unsigned() ? value->get<uint64_t>() <= static_cast<uint64_t>(kMaxInt64)
+                                                  : value->is_number_integer();
+    if (!fits || value->get<int64_t>() < least || value->get<int64_t>() > most)
+      refuse(name, "must be an integer from " + std::to_string(least) + " to " + std::to_string(most) + ", got " +
+                       shown(*value));
+    return value->get<int64_t>();
+  }
+
+  float number(const std::string& name, float fallback, double least, double most, bool least_allowed = true) {
+    const Json* value = find(name);
+    if (!value) return fallback;
+    const double x = value->is_number() ? value->get<double>() : std::nan("");
+    if (!(x >= least && x <= most) || (!least_allowed && x == least))
+      refuse(name, "must be a number " + std::string(least_allowed ? "from " : "above ") + Json(least).dump() +
+                       (least_allowed ? " to " : " and up to ") + Json(most).dump() + ", got " + shown(*value));
+    return static_cast<float>(x);
+  }
+
+  bool boolean(const std::string& name, bool fallback) {
+    const Json* value = find(name);
+    if (!value) return fallback;
+    if (!value->is_boolean()) refuse(name, "must be true or false, got " + shown(*value));
+    return value->get<bool>();
+  }
+
+  std::string text(const std::string& name) {
+    const Json* value = find(name);
+    if (!value) refuse(name, "is missing");
+    if (!value->is_string()) refuse(name, "must be a string, got " + shown(*value));
+    return value->get<std::string>();
+  }
+
+  std::vector<TokenId> tokens(const std::string& name, size_t vocab_size) {
+    const Json* value = find(name);
+    if (!value) refuse(name, "is missing");
+    if (!value->is_array()) refuse(name, "must be an array of token ids, got " + shown(*value));
+    std::vector<TokenId> ids;
+    for (const Json& id : *value) {
+      const bool fits = id.is_number_unsigned() && id.get<uint64_t>() < vocab_size;
+      if (!fits)
+        refuse(name, "token ids are integers from 0 to " + std::to_string(vocab_size - 1) + ", got " + shown(id));
+      ids.push_back(id.get<TokenId>());
+    }
+    return ids;
+  }
+
+  void refuse_unknown() const {
+    for (const auto& [name, value] : object_.items())
+      if (!known_.contains(name))
+        refuse(name.size() <= kMaxIdBytes ? name : name.substr(0, kMaxIdBytes), "is not a field of this request");
+  }
+
+ private:
+  static constexpr int64_t kMaxInt64 = std::numeric_limits<int64_t>::max();
+  const Json& object_;
+  std::set<std::string> known_;
+};
+
+uint64_t random_seed() {
+  std::random_device device;
+  return device();  // 32 bits: a seed that every client can write back as a number
+}
+
+CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::time_point received) {
+  CompletionRequest request;
+  Completion& c = request.completion;
+  const Json* prompt = fields.find("prompt");
+  if (!prompt) refuse("prompt", "is missing");
+  if (prompt->is_string())
+    request.text = prompt->get<std::string>();
+  else if (prompt->is_array())
+    c.prompt = fields.tokens("prompt", tokenizer.vocab_size());
+  else
+    refuse("prompt", "must be a string or an array of token ids, got " + shown(*prompt));
+  request.add_bos = fields.boolean("add_bos", request.text && tokenizer.add_bos());
+  request.special = fields.boolean("special", false);
+  request.chat = fields.boolean("chat", false);
+  if (request.chat && !request.text) refuse("chat", "needs a prompt that is a string");
+  request.stream = fields.boolean("stream", false);
+  c.n_predict = static_cast<int32_t>(fields.integer("n_predict", 128, -1, kMaxInt32));
+  SamplingParams& s = c.sampling;
+  s.temperature = fields.number("temperature", s.temperature, 0.0, 100.0);
+  s.top_k = static_cast<int32_t>(fields.integer("top_k", s.top_k, 0, kMaxInt32));
+  s.top_p = fields.number("top_p", s.top_p, 0.0, 1.0, false);
+  s.min_p = fields.number("min_p", s.min_p, 0.0, 1.0);
+  s.repeat_penalty = fields.number("repeat_penalty", s.repeat_penalty, 0.0, 100.0, false);
+  s.repeat_last_n = static_cast<int32_t>(fields.integer("repeat_last_n", s.repeat_last_n, -1, kMaxInt32));
+  s.presence_penalty = fields.number("presence_penalty", s.presence_penalty, -100.0, 100.0);
+  s.frequency_penalty = fields.number("frequency_penalty", s.frequency_penalty, -100.0, 100.0);
+  const int64_t seed = fields.integer("seed", -1, -1, std::numeric_limits<int64_t>::max());
+  s.seed = seed < 0 ? random_seed() : static_cast<uint64_t>(seed);
+  c.ignore_eos = fields.boolean("ignore_eos", false);
+  c.cache_prompt = fields.boolean("cache_prompt", true);
+  if (const Json* stop = fields.find("stop")) {
+    if (!stop->is_array() || stop->size() > kMaxStopStrings)
+      refuse("stop", "must be an array of at most " + std::to_string(kMaxStopStrings) + " strings, got " +
+                         (stop->is_array() ? std::to_string(stop->size()) + " elements" : shown(*stop)));
+    for (const Json& word : *stop) {
+      if (!word.is_string()) refuse("stop", "must be an array of strings, got " + shown(word));
+      c.stop.push_back(word.get<std::string>());
+      if (c.stop.back().size() > kMaxStopBytes)
+        refuse("stop", "a stop string has at most " + std::to_string(kMaxStopBytes) + " bytes, got " +
+                           std::to_string(c.stop.back().size()));
+    }
+  }
+  if (const int64_t timeout = fields.integer("timeout_ms", 0, 1, kMaxTimeoutMs); timeout > 0)
+    c.deadline = received + std::chrono::milliseconds(timeout);
+  return request;
+}
+
+}  // namespace
+
+Request parse_request(const std::string& line, const Tokenizer& tokenizer, Clock::time_point received,
+                      std::string& id) {
+  Json json;
+  try {
+    json = Json::parse(line);
+  } catch (const Json::exception& e) {
+    throw RequestError("invalid_json", "",
+                       "the line is not valid JSON (" + std::string("error ") + std::to_string(e.id) + ")");
+  }
+  if (!json.is_object()) throw RequestError("invalid_json", "", "the line must be a JSON object, got " + shown(json));
+  Fields fields(json);
+  const std::string given = fields.text("id");
+  if (given.empty() || given.size() > kMaxIdBytes)
+    refuse("id", "must have 1 to " + std::to_string(kMaxIdBytes) + " bytes, got " + std::to_string(given.size()));
+  id = given;
+  Request request{id, CancelRequest{}};
+  const std::string op = fields.text("op");
+  if (op == "completion") {
+    request.body = completion(fields, tokenizer, received);
+  } else if (op == "tokenize") {
+    const std::string content = fields.text("content");
+    const bool add_bos = fields.boolean("add_bos", false);
+    request.body = TokenizeRequest{content, add_bos, fields.boolean("special", false)};
+  } else if (op == "detokenize") {
+    request.body = DetokenizeRequest{fields.tokens("tokens", tokenizer.vocab_size())};
+  } else if (op != "cancel") {
+    refuse("op", "must be completion, tokenize, detokenize or cancel");
+  }
+  fields.refuse_unknown();
+  return request;
+}
+
+}  // namespace bitnet

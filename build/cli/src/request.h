@@ -1,0 +1,53 @@
+// Requests of the worker protocol: JSON in, checked values out.
+#pragma once
+
+#include <cstdint>
+#include <nlohmann/json_fwd.hpp>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "sampler.h"
+#include "session.h"
+
+namespace bitnet {
+
+// A request that cannot be served; becomes an error event.
+class RequestError : public std::runtime_error {
+ public:
+  RequestError(std::string code, std::string field, const std::string& message)
+      : std::runtime_error(message), code(std::move(code)), field(std::move(field)) {}
+  std::string code;   // invalid_json, invalid_request
+  std::string field;  // empty when no field is to blame
+};
+
+struct CompletionRequest {
+  Completion completion;  // prompt still empty where the prompt is text
+  std::optional<std::string> text;
+  bool add_bos = false;
+  bool special = false;
+  bool chat = false;
+  bool stream = false;
+};
+struct TokenizeRequest {
+  std::string content;
+  bool add_bos = false;
+  bool special = false;
+};
+struct DetokenizeRequest {
+  std::vector<TokenId> tokens;
+};
+struct CancelRequest {};
+
+struct Request {
+  std::string id;
+  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, CancelRequest> body;
+};
+
+// `received` is when the line was read: timeouts count from there. Throws RequestError; `id` is set as soon as it is
+// known.
+Request parse_request(const std::string& line, const Tokenizer& tokenizer, Clock::time_point received, std::string& id);
+
+}  // namespace bitnet

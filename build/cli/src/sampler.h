@@ -1,0 +1,51 @@
+// From logits to a token, as llama.cpp's samplers do it and in its order: penalties, top-k, top-p, min-p, temperature,
+// draw.
+#pragma once
+
+#include <cstdint>
+#include <random>
+#include <span>
+#include <vector>
+
+#include "tokenizer.h"
+
+namespace bitnet {
+
+struct SamplingParams {
+  float temperature = 0.8f;  // 0: greedy
+  int32_t top_k = 40;        // 0: the whole vocabulary
+  float top_p = 0.95f;       // 1: off
+  float min_p = 0.05f;       // 0: off
+  float repeat_penalty = 1.0f;
+  float presence_penalty = 0.0f;
+  float frequency_penalty = 0.0f;
+  int32_t repeat_last_n = 64;  // window of the three penalties; −1: everything, 0: off
+  uint64_t seed = 0;
+};
+
+class Sampler {
+ public:
+  // `banned` tokens are never chosen.
+  Sampler(const SamplingParams& params, std::vector<TokenId> banned);
+
+  // `logits` (n_vocab) is used up; `history` is the prompt and what was generated after it. Equal logits: the lower id
+  // wins.
+  TokenId sample(std::span<float> logits, std::span<const TokenId> history);
+
+ private:
+  struct Candidate {
+    float logit;
+    TokenId token;
+  };
+  void penalise(std::span<float> logits, std::span<const TokenId> history) const;
+  void keep_best(std::span<const float> logits, size_t k);  // → candidates_, best first
+  TokenId draw();
+
+  SamplingParams params_;
+  std::vector<TokenId> banned_;
+  std::mt19937_64 random_;
+  std::vector<Candidate> candidates_;
+  std::vector<double> weights_;
+};
+
+}  // namespace bitnet

@@ -1,0 +1,180 @@
+#include "transformer.h"
+
+#include <algorithm>
+#include <cassert>
+
+#include "elementary.h"
+
+namespace bitnet {
+namespace {
+
+constexpr size_t kRowsPerPiece = 64;  // of a ternary matrix, for one thread at a time: 41 kB at 2,560 columns
+constexpr size_t kLogitRowsPerPiece = 64;
+
+size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
+
+size_t score_floats(const Config& c, size_t max_context) {
+  return c.group() * ((max_context + kPositionsPerBlock) & ~(kPositionsPerBlock - 1));
+}
+
+}  // namespace
+
+Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch,
+                         size_t max_context)
+    : model_(model),
+      config_(model.config()),
+      kernels_(kernels),
+      pool_(pool),
+      max_batch_(max_batch),
+      residual_(max_batch * config_.dim),
+      normed_(max_batch * widest(config_)),
+      quantised_(max_batch * widest(config_)),
+      quantised_sums_(max_batch),
+      quantised_scales_(max_batch),
+      q_(max_batch * config_.q_dim()),
+      k_(max_batch * config_.kv_dim()),
+      v_(max_batch * config_.kv_dim()),
+      attention_(max_batch * config_.q_dim()),
+      gate_(max_batch * config_.ffn_dim),
+      up_(max_batch * config_.ffn_dim),
+      branch_(max_batch * config_.dim),
+      cosines_(max_batch * config_.head_dim / 2),
+      sines_(max_batch * config_.head_dim / 2),
+      sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
+      scores_(pool.size(), std::vector<float>(score_floats(config_, max_context))) {}
+
+size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
+  const size_t per_token =
+      5 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
+  return max_batch * per_token + 4 * n_threads * (max_batch * kRowsPerPiece + score_floats(c, max_context));
+}
+
+// Section 3 of the model's description, block after block.
+bool Transformer::forward(std::span<const BatchToken> batch, float* logits, const std::function<bool()>& abandon) {
+  assert(!batch.empty() && batch.size() <= max_batch_);
+  n_ = batch.size();
+  embed(batch);
+  for (size_t i = 0; i < config_.n_layers; i++) {
+    if (abandon && abandon()) return false;
+    const Layer& layer = model_.layers()[i];
+
+    norm_and_quantize(residual_.data(), layer.attn_norm, config_.dim);
+    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}});
+    rotate_and_store(batch, i);
+    attend(batch, i);
+    norm_and_quantize(attention_.data(), layer.attn_sub_norm, config_.q_dim());
+    project({{&layer.attn_output, branch_.data()}});
+    add_to_residual();
+
+    norm_and_quantize(residual_.data(), layer.ffn_norm, config_.dim);
+    project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}});
+    for_each_token([&](size_t t, size_t) {
+      kernels_.relu2_mul(&gate_[t * config_.ffn_dim], &up_[t * config_.ffn_dim], config_.ffn_dim);
+    });
+    norm_and_quantize(gate_.data(), layer.ffn_sub_norm, config_.ffn_dim);
+    project({{&layer.down, branch_.data()}});
+    add_to_residual();
+  }
+  output_logits(batch, logits);
+  return true;
+}
+
+// f(t, thread) for every token of the batch.
+template <class F>
+void Transformer::for_each_token(F&& f) {
+  if (n_ == 1)
+    f(size_t{0}, size_t{0});
+  else
+    pool_.for_each(n_, f);
+}
+
+void Transformer::embed(std::span<const BatchToken> batch) {
+  const size_t half = config_.head_dim / 2;
+  const FloatMatrix& embedding = model_.token_embedding();
+  for_each_token([&](size_t t, size_t) {
+    decode_row(embedding.type, embedding.row(static_cast<size_t>(batch[t].token)), config_.dim,
+               &residual_[t * config_.dim]);
+    for (size_t i = 0; i < half; i++) {
+      const float angle = static_cast<float>(batch[t].position) * model_.rope_frequencies()[i];
+      const SinCos value = sin_cos(static_cast<double>(angle));
+      cosines_[t * half + i] = static_cast<float>(value.cosine);
+      sines_[t * half + i] = static_cast<float>(value.sine);
+    }
+  });
+}
+
+void Transformer::norm_and_quantize(const float* in, const float* weight, size_t dim) {
+  for_each_token([&](size_t t, size_t) {
+    kernels_.rms_norm(in + t * dim, weight, config_.norm_epsilon, dim, &normed_[t * dim]);
+    quantised_scales_[t] = kernels_.quantize(&normed_[t * dim], dim, &quantised_[t * dim], &quantised_sums_[t]);
+  });
+}
+
+void Transformer::project(std::initializer_list<Projection> projections) {
+  size_t n_pieces = 0;
+  for (const Projection& p : projections) n_pieces += (p.matrix->rows + kRowsPerPiece - 1) / kRowsPerPiece;
+  const Activations activations{quantised_.data(), quantised_sums_.data(), n_};
+  pool_.for_each(n_pieces, [&](size_t piece, size_t thread) {
+    const Projection* p = projections.begin();
+    for (size_t n; piece >= (n = (p->matrix->rows + kRowsPerPiece - 1) / kRowsPerPiece); p++) piece -= n;
+    const size_t first = piece * kRowsPerPiece, count = std::min(kRowsPerPiece, p->matrix->rows - first);
+    int32_t* sums = sums_[thread].data();
+    kernels_.ternary_matmul(p->matrix->slice(first, count), activations, sums, kRowsPerPiece);
+    for (size_t t = 0; t < n_; t++)
+      kernels_.dequantize(sums + t * kRowsPerPiece, quantised_scales_[t], p->matrix->scale, count,
+                          p->out + t * p->matrix->rows + first);
+  });
+}
+
+void Transformer::rotate_and_store(std::span<const BatchToken> batch, size_t layer) {
+  const size_t head_dim = config_.head_dim, half = head_dim / 2;
+  for_each_token([&](size_t t, size_t) {
+    const KvCache& cache = *batch[t].cache;
+    for (size_t h = 0; h < config_.n_heads; h++)
+      kernels_.rope(&q_[t * config_.q_dim() + h * head_dim], &cosines_[t * half], &sines_[t * half], head_dim);
+    for (size_t h = 0; h < config_.n_kv_heads; h++) {
+      float* key = &k_[t * config_.kv_dim() + h * head_dim];
+      const float* value = &v_[t * config_.kv_dim() + h * head_dim];
+      kernels_.rope(key, &cosines_[t * half], &sines_[t * half], head_dim);
+      kernels_.store_key(key, cache.keys(layer, h), cache.type(), batch[t].position, head_dim);
+      kernels_.store_value(value, cache.values(layer, h), cache.type(), batch[t].position, head_dim);
+    }
+  });
+}
+
+void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
+  // A piece is a kv head of a token, or half of its query heads where there are few pieces to share out.
+  const size_t group = config_.group(), head_dim = config_.head_dim;
+  const bool halve = group % 2 == 0 && n_ * config_.n_kv_heads < 4 * pool_.size();
+  const size_t heads = halve ? group / 2 : group, pieces_per_token = config_.n_heads / heads;
+  pool_.for_each(n_ * pieces_per_token, [&](size_t piece, size_t thread) {
+    const size_t t = piece % n_,
+                 first_head = piece / n_ * heads;  // tokens of a head in a row: its keys stay in the cache
+    const AttentionSpan span = batch[t].cache->span(layer, first_head / group, batch[t].position + 1);
+    const size_t offset = t * config_.q_dim() + first_head * head_dim;
+    kernels_.attention(&q_[offset], heads, span, scores_[thread].data(), &attention_[offset]);
+  });
+}
+
+void Transformer::add_to_residual() {
+  for_each_token(
+      [&](size_t t, size_t) { kernels_.add(&residual_[t * config_.dim], &branch_[t * config_.dim], config_.dim); });
+}
+
+void Transformer::output_logits(std::span<const BatchToken> batch, float* logits) {
+  size_t wanting = 0;
+  for (size_t t = 0; t < n_; t++)
+    if (batch[t].wants_logits)
+      kernels_.rms_norm(&residual_[t * config_.dim], model_.output_norm(), config_.norm_epsilon, config_.dim,
+                        &normed_[wanting++ * config_.dim]);
+  if (wanting == 0) return;
+  const FloatMatrix& output = model_.output();
+  pool_.for_each((output.rows + kLogitRowsPerPiece - 1) / kLogitRowsPerPiece, [&](size_t piece, size_t) {
+    const size_t first = piece * kLogitRowsPerPiece;
+    const FloatRows rows{output.type, output.row(first), std::min(kLogitRowsPerPiece, output.rows - first),
+                         output.cols};
+    kernels_.dot_rows(rows, normed_.data(), wanting, logits + first, output.rows);
+  });
+}
+
+}  // namespace bitnet

@@ -1,0 +1,75 @@
+// The forward pass: tokens in, logits out. Knows nothing of text.
+#pragma once
+
+#include <cstdint>
+#include <functional>
+#include <span>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "kv_cache.h"
+#include "model.h"
+#include "thread_pool.h"
+
+namespace bitnet {
+
+// One token of a batch. Tokens of the same cache stand in the order of their positions, without gaps.
+struct BatchToken {
+  int32_t token;
+  uint32_t position;  // every earlier position is in the cache or earlier in the batch
+  KvCache* cache;
+  bool wants_logits;
+};
+
+class Transformer {
+ public:
+  // Model, kernels and pool must outlive the transformer. `max_batch` bounds a batch; it sets the size of the buffers
+  // and nothing else: a token's logits have the same bits in every batch.
+  Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context);
+
+  // Adds the batch to its caches and writes the logits of the tokens that want them, in their order: (n_wanting,
+  // n_vocab). `abandon`, where given, is asked before every layer: once it says true the rest is not computed, the
+  // batch's positions in the caches hold nothing of use, and the answer is false.
+  bool forward(std::span<const BatchToken> batch, float* logits, const std::function<bool()>& abandon = {});
+
+  size_t max_batch() const { return max_batch_; }
+  static size_t buffer_bytes(const Config& config, size_t max_batch, size_t max_context, size_t n_threads);
+
+ private:
+  struct Projection {
+    const TernaryMatrix* matrix;
+    float* out;  // (n_tokens, matrix->rows)
+  };
+
+  void embed(std::span<const BatchToken> batch);
+  void norm_and_quantize(const float* in, const float* weight, size_t dim);  // → quantised_
+  void project(std::initializer_list<Projection> projections);               // from quantised_
+  void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
+  void attend(std::span<const BatchToken> batch, size_t layer);
+  void add_to_residual();
+  void output_logits(std::span<const BatchToken> batch, float* logits);
+  template <class F>
+  void for_each_token(F&& f);
+
+  const Model& model_;
+  const Config& config_;
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  size_t max_batch_;
+  size_t n_ = 0;  // tokens in the current batch
+
+  std::vector<float> residual_;             // (max_batch, dim)
+  std::vector<float> normed_;               // (max_batch, max(dim, q_dim, ffn_dim))
+  std::vector<int8_t> quantised_;           // (max_batch, max(dim, q_dim, ffn_dim))
+  std::vector<int32_t> quantised_sums_;     // (max_batch)
+  std::vector<float> quantised_scales_;     // (max_batch)
+  std::vector<float> q_, k_, v_;            // (max_batch, q_dim), (max_batch, kv_dim) twice
+  std::vector<float> attention_;            // (max_batch, q_dim)
+  std::vector<float> gate_, up_;            // (max_batch, ffn_dim)
+  std::vector<float> branch_;               // (max_batch, dim): what a block adds to the residual stream
+  std::vector<float> cosines_, sines_;      // (max_batch, head_dim / 2)
+  std::vector<std::vector<int32_t>> sums_;  // a thread each: (max_batch, kRowsPerPiece)
+  std::vector<std::vector<float>> scores_;  // a thread each: (group, max_context rounded up)
+};
+
+}  // namespace bitnet

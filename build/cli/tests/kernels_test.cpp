@@ -1,0 +1,275 @@
+// Every table of kernels against the scalar one, bit by bit, and the scalar one against the textbook in double
+// precision.
+#include "kernels/kernels.h"
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <cstring>
+#include <random>
+#include <vector>
+
+#include "kernels/half.h"
+
+using namespace bitnet;
+
+namespace {
+
+std::vector<const Kernels*> vector_tables() {
+  std::vector<const Kernels*> tables;
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512})
+    if (supported(isa)) tables.push_back(&kernels_for(isa));
+  return tables;
+}
+
+class Random {
+ public:
+  explicit Random(uint32_t seed) : engine_(seed) {}
+  std::vector<float> floats(size_t n, float deviation = 1.0f) {
+    std::normal_distribution<float> normal(0.0f, deviation);
+    std::vector<float> out(n);
+    for (float& x : out) x = normal(engine_);
+    return out;
+  }
+  std::vector<uint8_t> bytes(size_t n) {
+    std::vector<uint8_t> out(n);
+    for (uint8_t& x : out) x = static_cast<uint8_t>(engine_());
+    return out;
+  }
+  std::vector<int8_t> int8s(size_t n) {
+    std::vector<int8_t> out(n);
+    for (int8_t& x : out) x = static_cast<int8_t>(engine_());
+    return out;
+  }
+  std::vector<uint8_t> codes(size_t n_bytes) {  // 2-bit codes 0, 1, 2
+    std::vector<uint8_t> out(n_bytes);
+    for (uint8_t& x : out)
+      for (int i = 0; i < 4; i++) x = static_cast<uint8_t>(x << 2 | engine_() % 3);
+    return out;
+  }
+
+ private:
+  std::mt19937 engine_;
+};
+
+template <class T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
+}
+
+}  // namespace
+
+TEST_CASE("half floats: every value goes there and back, and rounding is to nearest even") {
+  for (uint32_t h = 0; h < 0x10000; h++) {
+    const float f = half_to_float(static_cast<uint16_t>(h));
+    if (std::isnan(f)) continue;
+    CHECK(float_to_half(f) == h);
+  }
+  CHECK(float_to_half(1.0f + 0x1p-11f) == 0x3c00);      // tie to even: down
+  CHECK(float_to_half(1.0f + 3 * 0x1p-11f) == 0x3c02);  // tie to even: up
+  CHECK(float_to_half(65519.0f) == 0x7bff);
+  CHECK(float_to_half(65520.0f) == 0x7c00);
+  CHECK(float_to_half(0x1p-25f) == 0);  // tie to even
+  CHECK(float_to_half(0x1.8p-25f) == 1);
+}
+
+TEST_CASE("rms_norm and quantize: textbook values, the same bits everywhere") {
+  Random random(1);
+  for (const size_t n : {128, 640, 2560, 6912}) {
+    const std::vector<float> x = random.floats(n, 3.0f), weight = random.floats(n);
+    std::vector<float> expected(n), got(n);
+    kScalarKernels.rms_norm(x.data(), weight.data(), 1e-5f, n, expected.data());
+    double mean = 0.0;
+    for (const float v : x) mean += static_cast<double>(v) * v / static_cast<double>(n);
+    for (size_t i = 0; i < n; i++)
+      CHECK(expected[i] == doctest::Approx(x[i] / std::sqrt(mean + 1e-5) * weight[i]).epsilon(1e-5));
+
+    std::vector<int8_t> q_expected(n), q(n);
+    int32_t sum_expected = 0, sum = 0;
+    const float s = kScalarKernels.quantize(x.data(), n, q_expected.data(), &sum_expected);
+    float largest = 0.0f;
+    int32_t total = 0;
+    for (const float v : x) largest = std::max(largest, std::fabs(v));
+    CHECK(s == static_cast<float>(127.0 / static_cast<double>(largest)));
+    for (size_t i = 0; i < n; i++) {
+      CHECK(q_expected[i] == static_cast<int>(std::nearbyint(x[i] * s)));
+      total += q_expected[i];
+    }
+    CHECK(sum_expected == total);
+    for (const Kernels* k : vector_tables()) {
+      k->rms_norm(x.data(), weight.data(), 1e-5f, n, got.data());
+      CHECK(same_bits(got, expected));
+      CHECK(k->quantize(x.data(), n, q.data(), &sum) == s);
+      CHECK(same_bits(q, q_expected));
+      CHECK(sum == sum_expected);
+    }
+  }
+}
+
+TEST_CASE("quantize: zeros, tiny and extreme values") {
+  std::vector<std::vector<float>> cases(4, std::vector<float>(128, 0.0f));
+  cases[1][7] = 1e-9f;  // below the floor of 1e-5
+  for (size_t i = 0; i < 128; i++) cases[2][i] = i % 2 ? -3e38f : 3e38f;
+  for (size_t i = 0; i < 128; i++) cases[3][i] = static_cast<float>(i) - 63.5f;  // halves: ties to even
+  for (const std::vector<float>& x : cases) {
+    std::vector<int8_t> expected(128), q(128);
+    int32_t sum_expected = 0, sum = 0;
+    const float s = kScalarKernels.quantize(x.data(), 128, expected.data(), &sum_expected);
+    for (const Kernels* k : vector_tables()) {
+      CHECK(k->quantize(x.data(), 128, q.data(), &sum) == s);
+      CHECK(same_bits(q, expected));
+      CHECK(sum == sum_expected);
+    }
+  }
+}
+
+TEST_CASE("ternary_matmul: exact for every shape, batch size and extreme activations") {
+  Random random(2);
+  for (const size_t cols : {128, 384, 2560, 6912})
+    for (const size_t rows : {1, 3, 4, 7, 8, 13, 64})
+      for (const size_t n : {1, 2, 3, 4, 5, 9}) {
+        const std::vector<uint8_t> codes = random.codes(rows * cols / 4);
+        std::vector<int8_t> x = random.int8s(n * cols);
+        if (rows == 13)  // the largest sums there are
+          for (size_t i = 0; i < cols; i++) x[i] = n % 2 ? int8_t{-128} : int8_t{127};
+        std::vector<int32_t> sums(n, 0), expected(n * rows), got(n * rows);
+        for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
+        for (size_t t = 0; t < n; t++)
+          for (size_t r = 0; r < rows; r++) {
+            int32_t total = 0;
+            for (size_t k = 0; k < cols; k++) {
+              const uint8_t byte = codes[r * cols / 4 + k / 128 * 32 + k % 32];
+              total += ((byte >> (6 - 2 * (k % 128 / 32)) & 3) - 1) * x[t * cols + k];
+            }
+            expected[t * rows + r] = total;
+          }
+        const TernaryRows w{codes.data(), rows, cols};
+        const Activations a{x.data(), sums.data(), n};
+        kScalarKernels.ternary_matmul(w, a, got.data(), rows);
+        CHECK(got == expected);
+        for (const Kernels* k : vector_tables()) {
+          std::fill(got.begin(), got.end(), -1);
+          k->ternary_matmul(w, a, got.data(), rows);
+          CHECK(got == expected);
+        }
+      }
+}
+
+TEST_CASE("elementwise kernels: the same bits everywhere") {
+  Random random(3);
+  const size_t n = 768;
+  const std::vector<float> a = random.floats(n, 5.0f), b = random.floats(n);
+  std::vector<int32_t> sums(n);
+  for (size_t i = 0; i < n; i++) sums[i] = static_cast<int32_t>(a[i] * 100000.0f);
+  std::vector<float> deq(n), added = a, gated = a, rotated = a;
+  kScalarKernels.dequantize(sums.data(), 41.7f, 0.0123f, n, deq.data());
+  kScalarKernels.add(added.data(), b.data(), n);
+  kScalarKernels.relu2_mul(gated.data(), b.data(), n);
+  kScalarKernels.rope(rotated.data(), b.data(), b.data() + 64, 128);
+  for (size_t i = 0; i < n; i++) {
+    CHECK(deq[i] == static_cast<float>(sums[i]) / 41.7f * 0.0123f);
+    CHECK(added[i] == a[i] + b[i]);
+    CHECK(gated[i] == doctest::Approx(a[i] > 0.0f ? a[i] * a[i] * b[i] : 0.0f));
+  }
+  for (size_t i = 0; i < 64; i++) {
+    CHECK(rotated[i] == doctest::Approx(a[i] * b[i] - a[i + 64] * b[i + 64]).epsilon(1e-4));
+    CHECK(rotated[i + 64] == doctest::Approx(a[i + 64] * b[i] + a[i] * b[i + 64]).epsilon(1e-4));
+  }
+  for (const Kernels* k : vector_tables()) {
+    std::vector<float> d(n), x = a, g = a, r = a;
+    k->dequantize(sums.data(), 41.7f, 0.0123f, n, d.data());
+    k->add(x.data(), b.data(), n);
+    k->relu2_mul(g.data(), b.data(), n);
+    k->rope(r.data(), b.data(), b.data() + 64, 128);
+    CHECK(same_bits(d, deq));
+    CHECK(same_bits(x, added));
+    CHECK(same_bits(g, gated));
+    CHECK(same_bits(r, rotated));
+  }
+}
+
+TEST_CASE("attention: textbook values, the same bits everywhere, whatever heads go together") {
+  Random random(4);
+  for (const CacheType type : {CacheType::kF32, CacheType::kF16})
+    for (const size_t head_dim : {16, 64, 80, 128})
+      for (const size_t n : {1, 2, 15, 16, 17, 100}) {
+        const size_t n_heads = 7, capacity = (n + 15) / 16 * 16;  // 7: groups of four, two and one
+        const std::vector<float> q = random.floats(n_heads * head_dim), kv = random.floats(2 * n * head_dim);
+        std::vector<float> expected(n_heads * head_dim);
+        const auto run = [&](const Kernels& k, bool one_by_one, std::vector<float>& out) {
+          // What lies past the last position must not matter: fill it with NaN.
+          std::vector<uint32_t> keys(capacity * head_dim, 0x7fff7fffu), values(capacity * head_dim, 0x7fff7fffu);
+          std::vector<float> scratch(n_heads * capacity);
+          for (size_t j = 0; j < n; j++) {
+            k.store_key(&kv[j * head_dim], keys.data(), type, j, head_dim);
+            k.store_value(&kv[(n + j) * head_dim], values.data(), type, j, head_dim);
+          }
+          const AttentionSpan span{keys.data(), values.data(), type, n, head_dim};
+          if (!one_by_one) return k.attention(q.data(), n_heads, span, scratch.data(), out.data());
+          for (size_t h = 0; h < n_heads; h++)
+            k.attention(&q[h * head_dim], 1, span, scratch.data(), &out[h * head_dim]);
+        };
+        run(kScalarKernels, false, expected);
+        for (size_t h = 0; h < n_heads; h++) {
+          std::vector<double> p(n), out(head_dim, 0.0);
+          double total = 0.0;
+          for (size_t j = 0; j < n; j++) {
+            double dot = 0.0;
+            for (size_t d = 0; d < head_dim; d++)
+              dot += static_cast<double>(q[h * head_dim + d]) * kv[j * head_dim + d];
+            total += p[j] = std::exp(dot / std::sqrt(static_cast<double>(head_dim)));
+          }
+          for (size_t j = 0; j < n; j++)
+            for (size_t d = 0; d < head_dim; d++) out[d] += p[j] / total * kv[(n + j) * head_dim + d];
+          for (size_t d = 0; d < head_dim; d++)
+            CHECK(std::fabs(expected[h * head_dim + d] - out[d]) < (type == CacheType::kF32 ? 1e-5 : 5e-3));
+        }
+        std::vector<float> got(n_heads * head_dim);
+        run(kScalarKernels, true, got);
+        CHECK(same_bits(got, expected));
+        for (const Kernels* k : vector_tables())
+          for (const bool one_by_one : {false, true}) {
+            run(*k, one_by_one, got);
+            CHECK(same_bits(got, expected));
+          }
+      }
+}
+
+TEST_CASE("dot_rows: every type of row, the same bits everywhere, for any number of tokens") {
+  Random random(5);
+  for (const RowType type : {RowType::kF32, RowType::kF16, RowType::kBF16, RowType::kQ8_0, RowType::kQ6_K}) {
+    const size_t cols = 512, rows = 11;
+    std::vector<uint8_t> data = random.bytes(rows * row_bytes(type, cols));
+    const auto put = [&](size_t at, auto value) { std::memcpy(&data[at], &value, sizeof value); };
+    const std::vector<float> w = random.floats(rows * cols);
+    for (size_t i = 0; i < rows * cols;
+         i++) {  // random bytes are no floats to count with: write the float parts properly
+      if (type == RowType::kF32) put(i * 4, w[i]);
+      if (type == RowType::kF16) put(i * 2, float_to_half(w[i]));
+      if (type == RowType::kBF16) put(i * 2, static_cast<uint16_t>(std::bit_cast<uint32_t>(w[i]) >> 16));
+      if (type == RowType::kQ8_0 && i % 32 == 0) put(i / 32 * 34, float_to_half(w[i] / 64));
+      if (type == RowType::kQ6_K && i % 256 == 0) put(i / 256 * 210 + 208, float_to_half(w[i] / 512));
+    }
+    for (const size_t n : {1, 3, 6}) {
+      const std::vector<float> x = random.floats(n * cols);
+      std::vector<float> expected(n * rows), got(n * rows), row(cols);
+      const FloatRows matrix{type, data.data(), rows, cols};
+      kScalarKernels.dot_rows(matrix, x.data(), n, expected.data(), rows);
+      for (size_t r = 0; r < rows; r++) {
+        decode_row(type, &data[r * row_bytes(type, cols)], cols, row.data());
+        for (size_t t = 0; t < n; t++) {
+          double dot = 0.0, magnitude = 0.0;
+          for (size_t i = 0; i < cols; i++) {
+            dot += static_cast<double>(row[i]) * x[t * cols + i];
+            magnitude += std::fabs(static_cast<double>(row[i]) * x[t * cols + i]);
+          }
+          CHECK(std::fabs(expected[t * rows + r] - dot) <= 1e-6 * magnitude);
+        }
+      }
+      for (const Kernels* k : vector_tables()) {
+        k->dot_rows(matrix, x.data(), n, got.data(), rows);
+        CHECK(same_bits(got, expected));
+      }
+    }
+  }
+}

@@ -1,0 +1,156 @@
+// The whole forward pass on the demo model: one result, whatever computes it.
+#include "transformer.h"
+
+#include <doctest/doctest.h>
+
+#include <cstring>
+#include <memory>
+
+#include "engine.h"
+#include "session.h"
+
+using namespace bitnet;
+
+namespace {
+
+constexpr size_t kTokens = 75;
+
+std::vector<TokenId> some_tokens(size_t n) {
+  std::vector<TokenId> ids{4093};
+  for (size_t i = 1; i < n; i++) ids.push_back(static_cast<TokenId>(i * i * 31 % 4000));
+  return ids;
+}
+
+EngineOptions options(Isa isa, size_t n_threads, size_t batch_size, CacheType kv_type = CacheType::kF16) {
+  EngineOptions o;
+  o.model_path = BITNET_DEMO_MODEL;
+  o.isa = isa;
+  o.n_threads = n_threads;
+  o.batch_size = batch_size;
+  o.kv_type = kv_type;
+  return o;
+}
+
+// Logits of every position, computed in batches of the engine's size.
+std::vector<float> all_logits(const EngineOptions& o) {
+  Engine engine(o);
+  const size_t n_vocab = engine.config().n_vocab;
+  KvCache cache(engine.config(), engine.n_ctx, engine.kv_type);
+  const std::vector<TokenId> ids = some_tokens(kTokens);
+  std::vector<float> logits(ids.size() * n_vocab);
+  for (size_t done = 0; done < ids.size();) {
+    std::vector<BatchToken> batch;
+    for (size_t i = done; i < ids.size() && batch.size() < o.batch_size; i++)
+      batch.push_back({ids[i], static_cast<uint32_t>(i), &cache, true});
+    engine.transformer.forward(batch, &logits[done * n_vocab]);
+    done += batch.size();
+  }
+  return logits;
+}
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+}  // namespace
+
+TEST_CASE("the same bits for every instruction set, thread count and batch size") {
+  for (const CacheType kv : {CacheType::kF16, CacheType::kF32}) {
+    const std::vector<float> expected = all_logits(options(Isa::kScalar, 1, 1, kv));
+    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+      if (!supported(isa)) continue;
+      for (const size_t n_threads : {1, 2, 3, 5})
+        for (const size_t batch_size : {1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 128}) {
+          if (isa == Isa::kScalar && (n_threads > 2 || batch_size % 3 != 1)) continue;  // slow, and the same code
+          CAPTURE(name_of(isa));
+          CAPTURE(n_threads);
+          CAPTURE(batch_size);
+          CHECK(same_bits(all_logits(options(isa, n_threads, batch_size, kv)), expected));
+        }
+    }
+  }
+}
+
+TEST_CASE("sequences in one batch do not touch each other") {
+  Engine engine(options(best_isa(), 2, 64));
+  const size_t n_vocab = engine.config().n_vocab;
+  const std::vector<TokenId> a = some_tokens(20), b = {4093, 7, 8, 9, 10, 11, 12};
+  const auto alone = [&](const std::vector<TokenId>& ids) {
+    Session session(engine);
+    session.evaluate(ids);
+    return std::vector<float>(session.logits().begin(), session.logits().end());
+  };
+  KvCache cache_a(engine.config(), engine.n_ctx, engine.kv_type),
+      cache_b(engine.config(), engine.n_ctx, engine.kv_type);
+  std::vector<BatchToken> batch;
+  for (size_t i = 0; i < a.size(); i++) {  // interleaved: b's tokens stand between a's
+    batch.push_back({a[i], static_cast<uint32_t>(i), &cache_a, i + 1 == a.size()});
+    if (i < b.size()) batch.push_back({b[i], static_cast<uint32_t>(i), &cache_b, i + 1 == b.size()});
+  }
+  std::vector<float> logits(2 * n_vocab);
+  engine.transformer.forward(batch, logits.data());
+  CHECK(same_bits(std::vector<float>(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(n_vocab)), alone(b)));
+  CHECK(same_bits(std::vector<float>(logits.begin() + static_cast<std::ptrdiff_t>(n_vocab), logits.end()), alone(a)));
+}
+
+TEST_CASE("a session gives the same text with and without its cache, and stops where it should") {
+  Engine engine(options(best_isa(), 2, 128));
+  Completion request;
+  request.prompt = text_prompt(engine.tokenizer, "Once upon a time there was", true, false);
+  request.n_predict = 30;
+  request.sampling.temperature = 0.0f;
+  Session session(engine);
+  std::string pieces;
+  const auto collect = [&](std::string_view text, std::span<const TokenId>) { pieces += text; };
+  const CompletionResult first = session.complete(request, collect, {});
+  CHECK(first.tokens.size() == 30);
+  CHECK(first.stop_type == StopType::kLimit);
+  CHECK_FALSE(first.truncated);
+  CHECK(first.n_cached == 0);
+  CHECK(pieces == first.content);
+
+  const CompletionResult again = session.complete(request, {}, {});
+  CHECK(again.n_cached == request.prompt.size() - 1);
+  CHECK(again.tokens == first.tokens);
+  request.cache_prompt = false;
+  CHECK(session.complete(request, {}, {}).tokens == first.tokens);
+
+  SUBCASE("a stop string, never shown, even in part") {
+    const size_t at = first.content.find(" who");
+    REQUIRE(at != std::string::npos);
+    request.stop = {"", " who had"};
+    pieces.clear();
+    const CompletionResult r = session.complete(request, collect, {});
+    CHECK(r.stop_type == StopType::kWord);
+    CHECK(r.stopping_word == " who had");
+    CHECK(r.content == first.content.substr(0, first.content.find(" who had")));
+    CHECK(pieces == r.content);
+  }
+  SUBCASE("a cancel acts within one token") {
+    int asked = 0;
+    request.n_predict = -1;
+    const CompletionResult r = session.complete(request, collect, [&] { return ++asked > 40; });
+    CHECK(r.stop_type == StopType::kCancelled);
+    CHECK(r.tokens.size() < 40);
+  }
+  SUBCASE("a deadline that has passed leaves the prompt uncomputed") {
+    request.deadline = Clock::now();
+    const CompletionResult r = session.complete(request, collect, {});
+    CHECK(r.stop_type == StopType::kDeadline);
+    CHECK(r.tokens.empty());
+  }
+  SUBCASE("the context's end truncates") {
+    request.n_predict = -1;
+    request.ignore_eos = true;
+    const CompletionResult r = session.complete(request, {}, {});
+    CHECK(r.stop_type == StopType::kLimit);
+    CHECK(r.truncated);
+    CHECK(r.tokens.size() + r.n_prompt == engine.n_ctx);
+  }
+  SUBCASE("a prompt that fills the context is refused with both numbers") {
+    request.prompt.assign(engine.n_ctx, 5);
+    CHECK_THROWS_WITH_AS(session.complete(request, {}, {}), doctest::Contains("256 tokens"), ContextExceeded);
+    request.n_predict = 0;
+    CHECK(session.complete(request, {}, {}).tokens.empty());
+  }
+}
