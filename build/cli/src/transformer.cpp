@@ -13,6 +13,17 @@ constexpr size_t kLogitRowsPerPiece = 64;
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
+// How many of n tokens go by look-up: whole tiles, and a rest that is large enough.
+size_t lookup_tokens(const Kernels& kernels, size_t n) {
+  if (kernels.lut_lanes == 0) return 0;
+  const size_t rest = n % kernels.lut_lanes;
+  return rest >= kernels.lut_min_tokens ? n : n - rest;
+}
+
+size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
+  return kernels.lut_lanes == 0 ? 0 : (max_batch + kernels.lut_lanes - 1) / kernels.lut_lanes * kernels.lut_lanes;
+}
+
 size_t score_floats(const Config& c, size_t max_context) {
   return c.group() * ((max_context + kPositionsPerBlock) & ~(kPositionsPerBlock - 1));
 }
@@ -29,6 +40,7 @@ Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool&
       residual_(max_batch * config_.dim),
       normed_(max_batch * widest(config_)),
       quantised_(max_batch * widest(config_)),
+      tiles_(tile_lanes(kernels, max_batch) * widest(config_)),
       quantised_sums_(max_batch),
       quantised_scales_(max_batch),
       q_(max_batch * config_.q_dim()),
@@ -41,18 +53,22 @@ Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool&
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
-      scores_(pool.size(), std::vector<float>(score_floats(config_, max_context))) {}
+      scores_(pool.size(), std::vector<float>(score_floats(config_, max_context))) {
+  for (size_t i = 0; i < pool.size(); i++) lut_scratch_.emplace_back(kernels.lut_lanes);
+}
 
 size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
   const size_t per_token =
-      5 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
-  return max_batch * per_token + 4 * n_threads * (max_batch * kRowsPerPiece + score_floats(c, max_context));
+      6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
+  return max_batch * per_token +
+         n_threads * (4 * (max_batch * kRowsPerPiece + score_floats(c, max_context)) + LutScratch::bytes(32));
 }
 
 // Section 3 of the model's description, block after block.
 bool Transformer::forward(std::span<const BatchToken> batch, float* logits, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
   n_ = batch.size();
+  n_lookup_ = lookup_tokens(kernels_, n_);
   embed(batch);
   for (size_t i = 0; i < config_.n_layers; i++) {
     if (abandon && abandon()) return false;
@@ -108,22 +124,56 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
     kernels_.rms_norm(in + t * dim, weight, config_.norm_epsilon, dim, &normed_[t * dim]);
     quantised_scales_[t] = kernels_.quantize(&normed_[t * dim], dim, &quantised_[t * dim], &quantised_sums_[t]);
   });
+  const size_t lanes = kernels_.lut_lanes;
+  if (n_lookup_ > 0)
+    pool_.for_each((n_lookup_ + lanes - 1) / lanes, [&](size_t tile, size_t) {
+      const size_t t = tile * lanes;
+      kernels_.transpose_tile(&quantised_[t * dim], dim, std::min(lanes, n_lookup_ - t), &tiles_[t * dim]);
+    });
 }
 
 void Transformer::project(std::initializer_list<Projection> projections) {
-  size_t n_pieces = 0;
-  for (const Projection& p : projections) n_pieces += (p.matrix->rows + kRowsPerPiece - 1) / kRowsPerPiece;
-  const Activations activations{quantised_.data(), quantised_sums_.data(), n_};
-  pool_.for_each(n_pieces, [&](size_t piece, size_t thread) {
-    const Projection* p = projections.begin();
-    for (size_t n; piece >= (n = (p->matrix->rows + kRowsPerPiece - 1) / kRowsPerPiece); p++) piece -= n;
-    const size_t first = piece * kRowsPerPiece, count = std::min(kRowsPerPiece, p->matrix->rows - first);
-    int32_t* sums = sums_[thread].data();
-    kernels_.ternary_matmul(p->matrix->slice(first, count), activations, sums, kRowsPerPiece);
-    for (size_t t = 0; t < n_; t++)
-      kernels_.dequantize(sums + t * kRowsPerPiece, quantised_scales_[t], p->matrix->scale, count,
-                          p->out + t * p->matrix->rows + first);
+  pieces_.clear();
+  const size_t lanes = kernels_.lut_lanes;
+  for (const Projection& p : projections) {
+    const size_t rows = p.matrix->rows;
+    if (n_lookup_ > 0) {
+      const size_t n_chunks = (rows + kLutRows - 1) / kLutRows,
+                   chunk = ((rows + n_chunks - 1) / n_chunks + kLanes - 1) / kLanes * kLanes;
+      for (size_t r = 0; r < rows; r += chunk)
+        for (size_t t = 0; t < n_lookup_; t += lanes)
+          pieces_.push_back({&p, r, std::min(chunk, rows - r), t, std::min(lanes, n_lookup_ - t)});
+    }
+    if (n_lookup_ < n_)
+      for (size_t r = 0; r < rows; r += kRowsPerPiece)
+        pieces_.push_back({&p, r, std::min(kRowsPerPiece, rows - r), n_lookup_, n_ - n_lookup_});
+  }
+  pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) {
+    if (pieces_[i].first_token < n_lookup_)
+      by_lookup(pieces_[i], thread);
+    else
+      by_multiplication(pieces_[i], thread);
   });
+}
+
+void Transformer::by_lookup(const Piece& piece, size_t thread) {
+  const TernaryMatrix& w = *piece.projection->matrix;
+  kernels_.ternary_lut(w.slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols], piece.n_tokens,
+                       &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
+                       piece.projection->out + piece.first_token * w.rows + piece.first_row, w.rows);
+}
+
+void Transformer::by_multiplication(const Piece& piece, size_t thread) {
+  const TernaryMatrix& w = *piece.projection->matrix;
+  int32_t* sums = sums_[thread].data();
+  const Activations activations{&quantised_[piece.first_token * w.cols], &quantised_sums_[piece.first_token],
+                                piece.n_tokens};
+  kernels_.ternary_matmul(w.slice(piece.first_row, piece.n_rows), activations, sums, kRowsPerPiece);
+  for (size_t i = 0; i < piece.n_tokens; i++) {
+    const size_t t = piece.first_token + i;
+    kernels_.dequantize(sums + i * kRowsPerPiece, quantised_scales_[t], w.scale, piece.n_rows,
+                        piece.projection->out + t * w.rows + piece.first_row);
+  }
 }
 
 void Transformer::rotate_and_store(std::span<const BatchToken> batch, size_t layer) {

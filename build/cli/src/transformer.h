@@ -40,10 +40,18 @@ class Transformer {
     const TernaryMatrix* matrix;
     float* out;  // (n_tokens, matrix->rows)
   };
+  // What one thread does at a time: some rows of a projection for some tokens.
+  struct Piece {
+    const Projection* projection;
+    size_t first_row, n_rows;
+    size_t first_token, n_tokens;
+  };
 
   void embed(std::span<const BatchToken> batch);
   void norm_and_quantize(const float* in, const float* weight, size_t dim);  // → quantised_
   void project(std::initializer_list<Projection> projections);               // from quantised_
+  void by_lookup(const Piece& piece, size_t thread);
+  void by_multiplication(const Piece& piece, size_t thread);
   void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
   void attend(std::span<const BatchToken> batch, size_t layer);
   void add_to_residual();
@@ -56,18 +64,22 @@ class Transformer {
   const Kernels& kernels_;
   ThreadPool& pool_;
   size_t max_batch_;
-  size_t n_ = 0;  // tokens in the current batch
+  size_t n_ = 0;         // tokens in the current batch
+  size_t n_lookup_ = 0;  // of them, the first, whose projections are computed by look-up
 
-  std::vector<float> residual_;             // (max_batch, dim)
-  std::vector<float> normed_;               // (max_batch, max(dim, q_dim, ffn_dim))
-  std::vector<int8_t> quantised_;           // (max_batch, max(dim, q_dim, ffn_dim))
-  std::vector<int32_t> quantised_sums_;     // (max_batch)
-  std::vector<float> quantised_scales_;     // (max_batch)
-  std::vector<float> q_, k_, v_;            // (max_batch, q_dim), (max_batch, kv_dim) twice
-  std::vector<float> attention_;            // (max_batch, q_dim)
-  std::vector<float> gate_, up_;            // (max_batch, ffn_dim)
-  std::vector<float> branch_;               // (max_batch, dim): what a block adds to the residual stream
-  std::vector<float> cosines_, sines_;      // (max_batch, head_dim / 2)
+  std::vector<float> residual_;          // (max_batch, dim)
+  std::vector<float> normed_;            // (max_batch, max(dim, q_dim, ffn_dim))
+  std::vector<int8_t> quantised_;        // (max_batch, max(dim, q_dim, ffn_dim))
+  std::vector<int8_t> tiles_;            // the same for look-up: (tiles, widest, lut_lanes)
+  std::vector<int32_t> quantised_sums_;  // (max_batch)
+  std::vector<float> quantised_scales_;  // (max_batch)
+  std::vector<float> q_, k_, v_;         // (max_batch, q_dim), (max_batch, kv_dim) twice
+  std::vector<float> attention_;         // (max_batch, q_dim)
+  std::vector<float> gate_, up_;         // (max_batch, ffn_dim)
+  std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
+  std::vector<float> cosines_, sines_;   // (max_batch, head_dim / 2)
+  std::vector<Piece> pieces_;
+  std::vector<LutScratch> lut_scratch_;     // a thread each
   std::vector<std::vector<int32_t>> sums_;  // a thread each: (max_batch, kRowsPerPiece)
   std::vector<std::vector<float>> scores_;  // a thread each: (group, max_context rounded up)
 };

@@ -273,3 +273,30 @@ TEST_CASE("dot_rows: every type of row, the same bits everywhere, for any number
     }
   }
 }
+
+TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and partial tiles") {
+  Random random(6);
+  for (const Kernels* k : vector_tables())
+    for (const size_t cols : {128, 384, 2560, 6912})
+      for (const size_t rows : {16, 48, 80, 2048})
+        for (const size_t n : {size_t{1}, k->lut_lanes - 1, k->lut_lanes}) {
+          if (cols * rows > 1000000 && n != k->lut_lanes) continue;  // slow, and the same code
+          const std::vector<uint8_t> codes = random.codes(rows * cols / 4);
+          std::vector<int8_t> x = random.int8s(n * cols), tile(cols * k->lut_lanes);
+          for (int8_t& v : x)
+            v = rows == 48 ? int8_t{127} : std::max<int8_t>(v, -127);  // 48: the largest sums there are
+          std::vector<int32_t> sums(n, 0), products(n * rows);
+          for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
+          std::vector<float> scales(n), expected(n * rows), got(n * (rows + 3), -1.0f);
+          for (size_t t = 0; t < n; t++) scales[t] = 10.0f + static_cast<float>(t);
+          const TernaryRows w{codes.data(), rows, cols};
+          k->ternary_matmul(w, {x.data(), sums.data(), n}, products.data(), rows);
+          for (size_t t = 0; t < n; t++)
+            k->dequantize(&products[t * rows], scales[t], 0.017f, rows, &expected[t * rows]);
+          LutScratch scratch(k->lut_lanes);
+          k->transpose_tile(x.data(), cols, n, tile.data());
+          k->ternary_lut(w, tile.data(), n, scales.data(), 0.017f, scratch, got.data(), rows + 3);
+          for (size_t t = 0; t < n; t++)
+            CHECK(std::memcmp(&got[t * (rows + 3)], &expected[t * rows], rows * sizeof(float)) == 0);
+        }
+}

@@ -91,6 +91,8 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   for (; r < w.rows; r++) row_group<1>(w, r, x, out, out_stride);
 }
 
+#include "ternary_lut.h"
+
 }  // namespace avx2
 
 const Kernels kAvx2Kernels = {
@@ -98,6 +100,10 @@ const Kernels kAvx2Kernels = {
     .rms_norm = avx2::rms_norm,
     .quantize = avx2::quantize,
     .ternary_matmul = avx2::ternary_matmul,
+    .lut_lanes = avx2::kLutLanes,
+    .lut_min_tokens = 9,
+    .ternary_lut = avx2::ternary_lut,
+    .transpose_tile = avx2::transpose_tile,
     .dequantize = avx2::dequantize,
     .add = avx2::add_to,
     .relu2_mul = avx2::relu2_mul,

@@ -99,6 +99,8 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   for (; r < w.rows; r++) one_row(w, r, x, out, out_stride);
 }
 
+#include "ternary_lut.h"
+
 }  // namespace avx512
 
 const Kernels kAvx512Kernels = {
@@ -106,6 +108,10 @@ const Kernels kAvx512Kernels = {
     .rms_norm = avx512::rms_norm,
     .quantize = avx512::quantize,
     .ternary_matmul = avx512::ternary_matmul,
+    .lut_lanes = avx512::kLutLanes,
+    .lut_min_tokens = 24,
+    .ternary_lut = avx512::ternary_lut,
+    .transpose_tile = avx512::transpose_tile,
     .dequantize = avx512::dequantize,
     .add = avx512::add_to,
     .relu2_mul = avx512::relu2_mul,

@@ -10,6 +10,8 @@
 #include <cstdint>
 #include <string_view>
 
+#include "lut_scratch.h"
+
 namespace bitnet {
 
 inline constexpr size_t kLanes = 16;              // float lanes of every reduction
@@ -66,6 +68,16 @@ struct Kernels {
 
   // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly.
   void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
+
+  // The same product for many tokens by vector look-up, dequantised: out[t · out_stride + r] = float(Σ) /
+  // activation_scales[t] · weight_scale. x holds one tile of tokens as transpose_tile writes it, values within ±127;
+  // n_tokens ≤ lut_lanes; w.rows ≤ kLutRows, a multiple of 16.
+  size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel
+  size_t lut_min_tokens;  // fewer are faster by ternary_matmul
+  void (*ternary_lut)(const TernaryRows& w, const int8_t* x, size_t n_tokens, const float* activation_scales,
+                      float weight_scale, LutScratch& scratch, float* out, size_t out_stride);
+  // values (n_tokens, cols) → out (cols, lut_lanes), zeros past n_tokens.
+  void (*transpose_tile)(const int8_t* values, size_t cols, size_t n_tokens, int8_t* out);
 
   // out[i] = float(sums[i]) / activation_scale · weight_scale, in this order.
   void (*dequantize)(const int32_t* sums, float activation_scale, float weight_scale, size_t n, float* out);

@@ -98,3 +98,22 @@ inline double sum(F64x16 s) {
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
+
+// Sixteen 16-bit integers: the tokens of a look-up table.
+constexpr size_t kLutLanes = 16;
+using I16 = __m256i;
+inline I16 zero16() { return _mm256_setzero_si256(); }
+inline I16 load16(const int16_t* p) { return _mm256_load_si256(reinterpret_cast<const __m256i*>(p)); }
+inline void store16(int16_t* p, I16 a) { _mm256_store_si256(reinterpret_cast<__m256i*>(p), a); }
+inline I16 widen_int8(const int8_t* p) {
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+inline I16 add(I16 a, I16 b) { return _mm256_add_epi16(a, b); }
+inline I16 sub(I16 a, I16 b) { return _mm256_sub_epi16(a, b); }
+inline I16 negate(I16 a) { return sub(zero16(), a); }
+inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
+  __m256i* out = reinterpret_cast<__m256i*>(p);
+  _mm256_store_si256(out, _mm256_add_epi32(_mm256_load_si256(out), _mm256_cvtepi16_epi32(_mm256_castsi256_si128(a))));
+  _mm256_store_si256(
+      out + 1, _mm256_add_epi32(_mm256_load_si256(out + 1), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1))));
+}
