@@ -7,12 +7,15 @@
 #include <random>
 
 #include "error.h"
+#include "machine.h"
 #include "session.h"
+#include "utf8.h"
 
 namespace bitnet {
 namespace {
 
 constexpr size_t kReadBytes = size_t{256} << 20;  // well above any cache
+constexpr size_t kTopK = 40;                      // candidates that the default sampling draws from
 constexpr size_t kReadPieceBytes = size_t{1} << 20;
 
 double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
@@ -21,7 +24,7 @@ double seconds_since(Clock::time_point start) { return std::chrono::duration<dou
 class ReadBuffer {
  public:
   ReadBuffer() : data_(mmap(nullptr, kReadBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0)) {
-    if (data_ == MAP_FAILED)
+    if (data_ == MAP_FAILED || available_memory() < kReadBytes)
       throw Error(ExitCode::kOutOfMemory, "not enough memory: measuring the bandwidth takes 256 MiB");
     madvise(data_, kReadBytes, MADV_HUGEPAGE);
     std::fill_n(static_cast<uint64_t*>(data_), kReadBytes / sizeof(uint64_t), uint64_t{1});
@@ -62,8 +65,11 @@ void report(nlohmann::ordered_json& out, const std::string& name, std::vector<do
 }  // namespace
 
 nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
-  const size_t longest = options.depth + std::max(options.prompt_tokens, options.predict_tokens);
-  if (longest > engine.n_ctx) throw ContextExceeded(longest, engine.n_ctx);
+  const size_t longest = std::max<size_t>(options.depth + std::max(options.prompt_tokens, options.predict_tokens), 1);
+  if (longest > engine.n_ctx)
+    throw Error(ExitCode::kContextExceeded, "--depth and the longer of --prompt-tokens and --predict-tokens take " +
+                                                std::to_string(longest) + " positions, the context holds " +
+                                                std::to_string(engine.n_ctx));
   std::mt19937 random(1);
   std::vector<TokenId> tokens(longest);
   for (TokenId& token : tokens) token = static_cast<TokenId>(random() % engine.config().n_vocab);
@@ -84,19 +90,23 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
       session.truncate(options.depth);
       const Clock::time_point start = Clock::now();
       session.evaluate(all.subspan(options.depth, options.prompt_tokens));
+      engine.transformer.best(0, kTopK);
       prefill.push_back(static_cast<double>(options.prompt_tokens) / seconds_since(start));
     }
     if (options.predict_tokens > 0) {
       session.truncate(options.depth);
       const Clock::time_point start = Clock::now();
-      for (size_t t = 0; t < options.predict_tokens; t++) session.evaluate(all.subspan(options.depth + t, 1));
+      for (size_t t = 0; t < options.predict_tokens; t++) {
+        session.evaluate(all.subspan(options.depth + t, 1));
+        engine.transformer.best(0, kTopK);
+      }
       decode.push_back(static_cast<double>(options.predict_tokens) / seconds_since(start));
       bytes.push_back(bytes_per_token);
       fraction.push_back(bytes_per_token * decode.back() / bandwidth.back());
     }
   }
   nlohmann::ordered_json out;
-  out["model"] = engine.config().name;
+  out["model"] = to_valid_utf8(engine.config().name);
   out["threads"] = engine.pool.size();
   out["isa"] = name_of(engine.isa);
   out["kv_type"] = name_of(engine.kv_type);

@@ -18,16 +18,19 @@ size_t checked_context(const EngineOptions& options, const Config& config) {
 
 // Said before anything large is touched: an allocation succeeds on Linux long after the memory has run out.
 void require_memory(const EngineOptions& options, const Model& model, size_t n_ctx, size_t n_threads) {
-  const size_t weights = model.bytes_per_token();
+  const size_t weights = model.memory_bytes();
   const size_t cache = n_ctx * KvCache::bytes_per_position(model.config(), options.kv_type);
   const size_t buffers = Transformer::buffer_bytes(model.config(), options.batch_size, n_ctx, n_threads);
-  const size_t available = available_memory();
-  const auto mib = [](size_t bytes) { return std::to_string((bytes + (size_t{1} << 20) - 1) >> 20); };
-  if (weights + cache + buffers > available)
-    throw Error(ExitCode::kOutOfMemory, "not enough memory: the weights take " + mib(weights) +
-                                            " MiB, the KV cache of " + std::to_string(n_ctx) + " positions " +
-                                            mib(cache) + " MiB, buffers " + mib(buffers) + " MiB; " + mib(available) +
-                                            " MiB are available");
+  const size_t memory = available_memory(), addresses = available_address_space();
+  const auto mib = [](size_t bytes) { return std::to_string((bytes + (size_t{1} << 20) - 1) >> 20) + " MiB"; };
+  const std::string own =
+      "the KV cache of " + std::to_string(n_ctx) + " positions takes " + mib(cache) + ", buffers " + mib(buffers);
+  if (weights + cache + buffers > memory)
+    throw Error(ExitCode::kOutOfMemory, "not enough memory: the weights take " + mib(weights) + ", " + own + "; " +
+                                            mib(memory) + " are available");
+  if (cache + buffers + model.expanded_bytes() > addresses)  // the file is mapped already
+    throw Error(ExitCode::kOutOfMemory,
+                "not enough memory: " + own + "; the limit of the address space leaves " + mib(addresses));
 }
 
 size_t checked_threads(const EngineOptions& options, const Model& model, size_t n_ctx) {
@@ -54,6 +57,8 @@ Engine::Engine(const EngineOptions& options)
       kv_type(options.kv_type),
       isa(options.isa),
       pool(checked_threads(options, model, n_ctx)),
-      transformer(model, kernels_for(options.isa), pool, options.batch_size, n_ctx) {}
+      transformer(model, kernels_for(options.isa), pool, options.batch_size, n_ctx) {
+  model.expand(pool, kernels_for(options.isa));
+}
 
 }  // namespace bitnet

@@ -33,7 +33,7 @@ class Engine {
 
   const GgufFile file;
   const Tokenizer tokenizer;
-  const Model model;
+  Model model;
   const size_t n_ctx;
   const CacheType kv_type;
   const Isa isa;

@@ -10,7 +10,6 @@
 #include <bit>
 #include <cerrno>
 #include <charconv>
-#include <cstdio>
 #include <cstring>
 #include <system_error>
 #include <utility>
@@ -33,7 +32,6 @@ constexpr uint64_t kMaxKeys = 1 << 16;
 constexpr uint64_t kMaxTensors = 1 << 16;
 constexpr uint32_t kMaxDimensions = 4;
 constexpr int kMaxArrayDepth = 4;
-constexpr size_t kShownBytes = 64;    // of a string in messages and in describe_keys
 constexpr size_t kShownElements = 4;  // of an array in describe_keys
 
 enum class ValueType : uint32_t {
@@ -78,16 +76,21 @@ struct TensorTypeTraits {
   std::string_view name;
   uint64_t block_elements;  // a row is a whole number of blocks
   uint64_t block_bytes;
-  uint64_t tail_bytes;  // after the last block of the tensor
+  uint64_t tail_bytes;           // after the last block of the tensor
+  uint64_t blocks_per_unit = 1;  // blocks that share block_bytes; the last unit may lack some
 };
 
 // I2_S: blocks of 128 two-bit codes, then for the whole tensor a float32 scale and 28 bytes of padding.
-constexpr std::array<TensorTypeTraits, 6> kTensorTypes = {{{TensorType::kF32, "F32", 1, 4, 0},
-                                                           {TensorType::kF16, "F16", 1, 2, 0},
-                                                           {TensorType::kQ8_0, "Q8_0", 32, 34, 0},
-                                                           {TensorType::kQ6_K, "Q6_K", 256, 210, 0},
-                                                           {TensorType::kBF16, "BF16", 1, 2, 0},
-                                                           {TensorType::kI2_S, "I2_S", 128, 32, 32}}};
+constexpr std::array<TensorTypeTraits, 10> kTensorTypes = {{{TensorType::kF32, "F32", 1, 4, 0},
+                                                            {TensorType::kF16, "F16", 1, 2, 0},
+                                                            {TensorType::kQ8_0, "Q8_0", 32, 34, 0},
+                                                            {TensorType::kQ6_K, "Q6_K", 256, 210, 0},
+                                                            {TensorType::kBF16, "BF16", 1, 2, 0},
+                                                            {TensorType::kI2_S, "I2_S", 128, 32, 32},
+                                                            {TensorType::kTrits, "TRITS", 128, 128, 32, 5},
+                                                            {TensorType::kHigh4, "HIGH4", 64, 36, 0},
+                                                            {TensorType::kLow4, "LOW4", 64, 32, 0},
+                                                            {TensorType::kLow2, "LOW2", 128, 32, 0}}};
 
 const TensorTypeTraits* find_traits(TensorType type) {
   const auto found = std::find_if(kTensorTypes.begin(), kTensorTypes.end(),
@@ -100,29 +103,6 @@ T load(const std::byte* bytes) {
   T value;
   std::memcpy(&value, bytes, sizeof value);
   return value;
-}
-
-// The text in quotes on one line: control characters escaped, long text cut, no ill-formed UTF-8.
-std::string quoted(std::string_view text) {
-  const bool cut = text.size() > kShownBytes;
-  std::string result = "\"";
-  for (const char c : cut ? Utf8Stream().push(text.substr(0, kShownBytes)) : to_valid_utf8(text)) {
-    const auto byte = static_cast<unsigned char>(c);
-    if (c == '\n') {
-      result += "\\n";
-    } else if (c == '"' || c == '\\') {
-      (result += '\\') += c;
-    } else if (byte < 0x20 || byte == 0x7f) {
-      std::array<char, 5> escape;
-      std::snprintf(escape.data(), escape.size(), "\\x%02x", byte);
-      result += escape.data();
-    } else {
-      result += c;
-    }
-  }
-  result += '"';
-  if (cut) result += "… (" + std::to_string(text.size()) + " bytes)";
-  return result;
 }
 
 bool is_integer(ValueType type) {
@@ -327,7 +307,9 @@ TensorPlace read_tensor_info(Reader& reader, Tensor& tensor) {
                                              std::string(traits->name));
   }
   uint64_t n_bytes = 0;
-  if (__builtin_mul_overflow(elements / traits->block_elements, traits->block_bytes, &n_bytes) ||
+  if (__builtin_mul_overflow(
+          (elements / traits->block_elements + traits->blocks_per_unit - 1) / traits->blocks_per_unit,
+          traits->block_bytes, &n_bytes) ||
       __builtin_add_overflow(n_bytes, traits->tail_bytes, &n_bytes)) {
     reader.fail(ExitCode::kInvalidModel, std::to_string(elements) + " elements take more than 2^64 bytes");
   }
@@ -350,11 +332,12 @@ struct GgufFile::Value {
   std::string print() const {
     const std::byte* at = data;
     if (type != ValueType::kArray) return print_element(type, at);
+    if (element == ValueType::kArray) return type_name();
     std::string text = type_name() + ": [";
-    for (uint64_t i = 0; i < std::min<uint64_t>(count, kShownElements) && element != ValueType::kArray; ++i) {
+    for (uint64_t i = 0; i < std::min<uint64_t>(count, kShownElements); ++i) {
       text += (i == 0 ? "" : ", ") + print_element(element, at);
     }
-    return text + (element == ValueType::kArray || count > kShownElements ? ", …]" : "]");
+    return text + (count > kShownElements ? ", …]" : "]");
   }
 };
 
@@ -404,6 +387,7 @@ void GgufFile::read() {
   const uint64_t n_tensors = read_count(reader, "tensors", kMaxTensors);
   const uint64_t n_keys = read_count(reader, "keys", kMaxKeys);
 
+  const std::byte* first_key = reader.here();
   for (uint64_t i = 0; i < n_keys; ++i) {
     reader.set_context("key " + std::to_string(i + 1) + " of " + std::to_string(n_keys));
     const std::string_view key = reader.read_string();
@@ -424,6 +408,7 @@ void GgufFile::read() {
     if (!value_index_.emplace(key, values_.size()).second) reader.fail(ExitCode::kInvalidModel, "is there twice");
     values_.emplace_back(key, value);
   }
+  key_bytes_ = {first_key, reader.here()};
 
   const uint64_t alignment = find_uint(kAlignmentKey).value_or(kDefaultAlignment);
   if (!std::has_single_bit(alignment) || alignment < kMinAlignment || alignment > kMaxAlignment) {

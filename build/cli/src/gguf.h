@@ -18,7 +18,19 @@
 
 namespace bitnet {
 
-enum class TensorType : uint32_t { kF32 = 0, kF16 = 1, kQ8_0 = 8, kQ6_K = 14, kBF16 = 30, kI2_S = 36 };
+// From 9000 on: the types of packed files (pack.h).
+enum class TensorType : uint32_t {
+  kF32 = 0,
+  kF16 = 1,
+  kQ8_0 = 8,
+  kQ6_K = 14,
+  kBF16 = 30,
+  kI2_S = 36,
+  kTrits = 9000,
+  kHigh4 = 9001,
+  kLow4 = 9002,
+  kLow2 = 9003,
+};
 
 std::string_view name_of(TensorType type);
 
@@ -67,6 +79,10 @@ class GgufFile {
   std::span<const Tensor> tensors() const { return tensors_; }
   const Tensor* find_tensor(std::string_view name) const;  // nullptr when absent
 
+  // All keys and values as they stand in the file, and how many they are: to copy them.
+  std::span<const std::byte> key_bytes() const { return key_bytes_; }
+  size_t n_keys() const { return value_index_.size(); }
+
   // Keys in the order of the file, each with its value printed for people (arrays: type, length and the first
   // elements).
   std::vector<std::pair<std::string_view, std::string>> describe_keys() const;
@@ -86,6 +102,7 @@ class GgufFile {
 
   std::string path_;
   std::unique_ptr<const std::byte, Unmap> data_;
+  std::span<const std::byte> key_bytes_;
   std::vector<std::pair<std::string_view, Value>> values_;
   std::unordered_map<std::string_view, size_t> value_index_;
   std::vector<Tensor> tensors_;

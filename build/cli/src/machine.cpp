@@ -94,14 +94,6 @@ size_t group_memory_left() {
   return left;
 }
 
-size_t address_space_left() {
-  rlimit limit{};
-  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kUnlimited;
-  const size_t used =
-      static_cast<size_t>(number_in("/proc/self/statm").value_or(0)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
-  return limit.rlim_cur > used ? limit.rlim_cur - used : 0;
-}
-
 }  // namespace
 
 size_t usable_processors() {
@@ -115,7 +107,15 @@ size_t usable_processors() {
 
 size_t available_memory() {
   const auto system = field_in("/proc/meminfo", "MemAvailable:");
-  return std::min({system ? *system * 1024 : kUnlimited, group_memory_left(), address_space_left()});
+  return std::min(system ? *system * 1024 : kUnlimited, group_memory_left());
+}
+
+size_t available_address_space() {
+  rlimit limit{};
+  if (getrlimit(RLIMIT_AS, &limit) != 0 || limit.rlim_cur == RLIM_INFINITY) return kUnlimited;
+  const size_t used =
+      static_cast<size_t>(number_in("/proc/self/statm").value_or(0)) * static_cast<size_t>(sysconf(_SC_PAGESIZE));
+  return limit.rlim_cur > used ? limit.rlim_cur - used : 0;
 }
 
 }  // namespace bitnet

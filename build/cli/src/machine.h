@@ -9,8 +9,11 @@ namespace bitnet {
 // up); at least 1.
 size_t usable_processors();
 
-// Bytes that can still be allocated without swapping or being killed: the least of MemAvailable, what the control group
-// leaves and what RLIMIT_AS leaves.
+// Bytes that can still be used without swapping or being killed, pages of files included: the least of MemAvailable and
+// what the control group leaves.
 size_t available_memory();
+
+// Bytes that RLIMIT_AS still lets this process map.
+size_t available_address_space();
 
 }  // namespace bitnet

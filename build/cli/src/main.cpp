@@ -2,18 +2,24 @@
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
+#include <array>
+#include <cerrno>
+#include <charconv>
 #include <cmath>
 #include <cstdio>
+#include <cstring>
+#include <exception>
 #include <fstream>
-#include <iostream>
-#include <iterator>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
+#include <system_error>
 
 #include "bench.h"
 #include "engine.h"
 #include "error.h"
 #include "machine.h"
+#include "pack.h"
 #include "perplexity.h"
 #include "session.h"
 #include "timings.h"
@@ -26,21 +32,64 @@ namespace {
 
 using Json = nlohmann::ordered_json;
 
-std::string read_all(std::istream& in) {
-  return {std::istreambuf_iterator<char>(in), std::istreambuf_iterator<char>()};
+constexpr int kMaxCount = 1 << 30;  // of tokens, in any option
+
+[[noreturn]] void fail_errno(const std::string& path, const std::string& what) {
+  throw Error(ExitCode::kFileUnreadable, path + ": " + what + ": " + std::strerror(errno));
 }
 
-std::string read_file(const std::string& path) {
-  std::ifstream file(path, std::ios::binary);
-  if (!file) throw Error(ExitCode::kFileUnreadable, path + ": cannot be read: " + std::strerror(errno));
-  std::string text = read_all(file);
-  if (file.bad()) throw Error(ExitCode::kFileUnreadable, path + ": cannot be read");
+std::string read_all(std::FILE* file, const std::string& path) {
+  std::string text;
+  std::array<char, 65536> bytes;
+  while (const size_t n = std::fread(bytes.data(), 1, bytes.size(), file)) text.append(bytes.data(), n);
+  if (std::ferror(file)) fail_errno(path, "cannot be read");
   return text;
 }
 
+std::string read_stdin() { return read_all(stdin, "standard input"); }
+
+std::string read_file(const std::string& path) {
+  const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rbe"), std::fclose);
+  if (!file) fail_errno(path, "cannot be read");
+  return read_all(file.get(), path);
+}
+
+// Out at once, with whatever was printed before.
 void write_out(std::string_view text) {
-  std::cout.write(text.data(), static_cast<std::streamsize>(text.size()));
-  std::cout.flush();
+  std::fwrite(text.data(), 1, text.size(), stdout);
+  if (std::fflush(stdout) != 0 || std::ferror(stdout)) fail_errno("standard output", "cannot be written");
+}
+
+// Takes a decimal number from `least` to `most`. CLI::Range would let NaN pass, and CLI11 read 010 as 8 and cut what is
+// too large.
+template <class T>
+CLI::Validator in_range(T least, T most) {
+  const std::string limits = Json(least).dump() + " to " + Json(most).dump();
+  const auto check = [=](std::string& value) {
+    T number{};
+    const char* end = value.data() + value.size();
+    const auto [last, error] = std::from_chars(value.data(), end, number);
+    if (error != std::errc() || last != end || !(number >= least && number <= most))
+      return (std::is_integral_v<T> ? "must be an integer from " : "must be a number from ") + limits + ", got " +
+             bitnet::quoted(value);
+    value = Json(number).dump();
+    return std::string();
+  };
+  return {check, limits};
+}
+
+// Takes one of some values by its name.
+template <class T>
+CLI::Validator one_of(const std::vector<T>& values) {
+  std::string names;
+  for (const T value : values) names += (names.empty() ? "" : "|") + std::string(name_of(value));
+  const auto check = [=](std::string& value) {
+    const auto found = std::find_if(values.begin(), values.end(), [&](T known) { return name_of(known) == value; });
+    if (found == values.end()) return "must be " + names + ", got " + bitnet::quoted(value);
+    value = std::to_string(static_cast<int>(*found));
+    return std::string();
+  };
+  return {check, names};
 }
 
 // The options that every command with a loaded model has.
@@ -50,44 +99,42 @@ struct ModelOptions {
   void add(CLI::App& command) {
     command.add_option("--model,-m", engine.model_path, "GGUF file")->required();
     command.add_option("--ctx-size,-c", engine.n_ctx, "positions of context; default: the model's, at most 2048")
-        ->check(CLI::PositiveNumber);
+        ->transform(in_range<size_t>(1, kMaxCount));
     command.add_option("--threads,-t", engine.n_threads, "default: the processors this process may use")
-        ->check(CLI::Range(size_t{1}, kMaxThreads));
+        ->transform(in_range<size_t>(1, kMaxThreads));
     command.add_option("--batch-size", engine.batch_size, "prompt tokens computed together; changes no result")
-        ->check(CLI::Range(1, 1024))
+        ->transform(in_range<size_t>(1, 1024))
         ->capture_default_str();
-    command
-        .add_option("--isa", engine.isa,
-                    "scalar, avx2 or avx512; default: the best this processor has; changes no result")
-        ->transform(CLI::Transformer(
-            std::map<std::string, Isa>{{"scalar", Isa::kScalar}, {"avx2", Isa::kAvx2}, {"avx512", Isa::kAvx512}}))
+    command.add_option("--isa", engine.isa, "kernels; default: the best this processor has; changes no result")
+        ->transform(one_of<Isa>({Isa::kScalar, Isa::kAvx2, Isa::kAvx512}))
         ->check([](const std::string& value) {
           const Isa isa = static_cast<Isa>(std::stoi(value));
           return supported(isa) ? std::string() : "this processor does not have " + std::string(name_of(isa));
         });
-    command.add_option("--kv-type", engine.kv_type, "f16 (default) or f32: how keys and values are kept")
-        ->transform(
-            CLI::Transformer(std::map<std::string, CacheType>{{"f16", CacheType::kF16}, {"f32", CacheType::kF32}}));
+    command.add_option("--kv-type", engine.kv_type, "how keys and values are kept; default: f16")
+        ->transform(one_of<CacheType>({CacheType::kF16, CacheType::kF32}));
   }
 };
 
-std::vector<TokenId> parse_tokens(const std::string& list, size_t n_vocab) {
+std::vector<TokenId> parse_tokens(std::string_view list, size_t n_vocab) {
   std::vector<TokenId> ids;
-  for (const std::string& word : CLI::detail::split(list, ',')) {
-    char* end = nullptr;
-    errno = 0;
-    const long id = std::strtol(word.c_str(), &end, 10);
-    if (word.empty() || *end != '\0' || errno != 0 || id < 0 || static_cast<size_t>(id) >= n_vocab)
-      throw Error(ExitCode::kUsage,
-                  "--tokens: \"" + word + "\" is not a token id from 0 to " + std::to_string(n_vocab - 1));
-    ids.push_back(static_cast<TokenId>(id));
+  for (;;) {
+    const std::string_view word = list.substr(0, list.find(','));
+    TokenId id = -1;
+    const auto [last, error] = std::from_chars(word.begin(), word.end(), id);
+    if (error != std::errc() || last != word.end() || id < 0 || static_cast<size_t>(id) >= n_vocab)
+      throw Error(ExitCode::kUsage, "--tokens: must be token ids from 0 to " + std::to_string(n_vocab - 1) + ", got " +
+                                        bitnet::quoted(word));
+    ids.push_back(id);
+    if (word.size() == list.size()) return ids;
+    list.remove_prefix(word.size() + 1);
   }
-  return ids;
 }
 
 struct Generate {
   ModelOptions model;
   std::string prompt, prompt_file;
+  CLI::Option* prompt_file_option = nullptr;
   Completion completion;
   int64_t seed = -1;
   bool no_bos = false, special = false, chat = false, json = false;
@@ -97,33 +144,37 @@ struct Generate {
     model.add(c);
     SamplingParams& s = completion.sampling;
     CLI::Option* text = c.add_option("--prompt,-p", prompt, "text to continue");
-    c.add_option("--prompt-file,-f", prompt_file, "file with the text to continue")->excludes(text);
+    prompt_file_option =
+        c.add_option("--prompt-file,-f", prompt_file, "file with the text to continue")->excludes(text);
     c.add_option("--n-predict,-n", completion.n_predict, "tokens at most; -1: until the context is full")
-        ->check(CLI::Range(-1, 1 << 30))
+        ->transform(in_range(-1, kMaxCount))
         ->capture_default_str();
     c.add_option("--temperature", s.temperature, "0: always the best token")
-        ->check(CLI::Range(0.0, 100.0))
+        ->transform(in_range(0.0, 100.0))
         ->capture_default_str();
-    c.add_option("--top-k", s.top_k, "0: all")->check(CLI::NonNegativeNumber)->capture_default_str();
-    c.add_option("--top-p", s.top_p, "1: all")->check(CLI::Range(1e-9, 1.0))->capture_default_str();
-    c.add_option("--min-p", s.min_p, "0: all")->check(CLI::Range(0.0, 1.0))->capture_default_str();
+    c.add_option("--top-k", s.top_k, "0: all")->transform(in_range(0, kMaxCount))->capture_default_str();
+    c.add_option("--top-p", s.top_p, "1: all")->transform(in_range(1e-9, 1.0))->capture_default_str();
+    c.add_option("--min-p", s.min_p, "0: all")->transform(in_range(0.0, 1.0))->capture_default_str();
     c.add_option("--repeat-penalty", s.repeat_penalty, "1: none")
-        ->check(CLI::Range(1e-9, 100.0))
+        ->transform(in_range(1e-9, 100.0))
         ->capture_default_str();
     c.add_option("--repeat-last-n", s.repeat_last_n, "tokens that penalties look back on; -1: all")
-        ->check(CLI::Range(-1, 1 << 30))
+        ->transform(in_range(-1, kMaxCount))
         ->capture_default_str();
     c.add_option("--presence-penalty", s.presence_penalty, "0: none")
-        ->check(CLI::Range(-100.0, 100.0))
+        ->transform(in_range(-100.0, 100.0))
         ->capture_default_str();
     c.add_option("--frequency-penalty", s.frequency_penalty, "0: none")
-        ->check(CLI::Range(-100.0, 100.0))
+        ->transform(in_range(-100.0, 100.0))
         ->capture_default_str();
     c.add_option("--seed", seed, "-1: a random one")
-        ->check(CLI::Range(int64_t{-1}, std::numeric_limits<int64_t>::max()))
+        ->transform(in_range(int64_t{-1}, std::numeric_limits<int64_t>::max()))
         ->capture_default_str();
     c.add_option("--stop", completion.stop, "end before this text; may be given several times")
-        ->allow_extra_args(false);
+        ->allow_extra_args(false)
+        ->check([](const std::string& stop) {
+          return is_valid_utf8(stop) ? std::string() : "must be UTF-8, got " + bitnet::quoted(stop);
+        });
     c.add_flag("--ignore-eos", completion.ignore_eos, "never choose an end-of-generation token");
     c.add_flag("--no-bos", no_bos, "do not begin with the BOS token");
     c.add_flag("--special", special, "parse control tokens spelled in the prompt");
@@ -133,7 +184,7 @@ struct Generate {
   }
 
   void run() {
-    if (!prompt_file.empty()) prompt = read_file(prompt_file);
+    if (prompt_file_option->count() > 0) prompt = read_file(prompt_file);
     completion.sampling.seed = seed < 0 ? std::random_device()() : static_cast<uint64_t>(seed);
     Engine engine(model.engine);
     const Tokenizer& tokenizer = engine.tokenizer;
@@ -164,11 +215,7 @@ struct WorkerCommand {
     CLI::App& c =
         *app.add_subcommand("worker", "serve JSON lines on standard input and output (docs/worker-protocol.md)");
     model.add(c);
-    c.callback([this] {
-      const Clock::time_point start = Clock::now();
-      Engine engine(model.engine);
-      run_worker(engine, std::chrono::duration<double, std::milli>(Clock::now() - start).count());
-    });
+    c.callback([this] { run_worker(model.engine); });
   }
 };
 
@@ -184,7 +231,7 @@ struct Tokenize {
     c.callback([this] {
       const GgufFile file(model);
       const Tokenizer tokenizer(file);
-      write_out(Json(text_prompt(tokenizer, read_all(std::cin), bos, special)).dump() + "\n");
+      write_out(Json(text_prompt(tokenizer, read_stdin(), bos, special)).dump() + "\n");
     });
   }
 };
@@ -199,16 +246,16 @@ struct Detokenize {
     c.callback([this] {
       const GgufFile file(model);
       const Tokenizer tokenizer(file);
+      const Json list = Json::parse(read_stdin(), nullptr, false);
+      if (!list.is_array()) throw Error(ExitCode::kUsage, "standard input must be a JSON array of token ids");
       std::vector<TokenId> ids;
-      try {
-        ids = Json::parse(read_all(std::cin)).get<std::vector<TokenId>>();
-      } catch (const Json::exception&) {
-        throw Error(ExitCode::kUsage, "standard input must be a JSON array of token ids");
+      for (const Json& id : list) {
+        if (!id.is_number_unsigned() || id.get<uint64_t>() >= tokenizer.vocab_size())
+          throw Error(ExitCode::kUsage, "standard input: token ids are integers from 0 to " +
+                                            std::to_string(tokenizer.vocab_size() - 1) + ", got " +
+                                            bitnet::quoted(id.dump()));
+        ids.push_back(id.get<TokenId>());
       }
-      for (const TokenId id : ids)
-        if (id < 0 || static_cast<size_t>(id) >= tokenizer.vocab_size())
-          throw Error(ExitCode::kUsage, "token id " + std::to_string(id) + " is not from 0 to " +
-                                            std::to_string(tokenizer.vocab_size() - 1));
       write_out(tokenizer.decode(ids, true));
     });
   }
@@ -232,20 +279,21 @@ struct Logits {
     const size_t n_vocab = engine.config().n_vocab;
     const std::vector<TokenId> ids = parse_tokens(tokens, n_vocab);
     if (ids.size() > engine.n_ctx) throw ContextExceeded(ids.size(), engine.n_ctx);
-    std::ofstream file(output, std::ios::binary | std::ios::trunc);
-    if (!file) throw Error(ExitCode::kFileUnreadable, output + ": cannot be written: " + std::strerror(errno));
     KvCache cache(engine.config(), engine.n_ctx, engine.kv_type);
-    std::vector<float> logits(engine.transformer.max_batch() * n_vocab);
+    std::vector<float> logits(std::min(engine.transformer.max_batch(), ids.size()) * n_vocab);
+    std::ofstream file(output, std::ios::binary | std::ios::trunc);
+    if (!file) fail_errno(output, "cannot be written");
     for (size_t done = 0; done < ids.size();) {
       std::vector<BatchToken> batch;
       for (size_t i = done; i < ids.size() && batch.size() < engine.transformer.max_batch(); i++)
         batch.push_back({ids[i], static_cast<uint32_t>(i), &cache, true});
-      engine.transformer.forward(batch, logits.data());
+      engine.transformer.forward(batch);
+      engine.transformer.logits(logits.data());
       file.write(reinterpret_cast<const char*>(logits.data()),
                  static_cast<std::streamsize>(batch.size() * n_vocab * sizeof(float)));
       done += batch.size();
     }
-    if (!file.flush()) throw Error(ExitCode::kFileUnreadable, output + ": cannot be written: " + std::strerror(errno));
+    if (!file.flush()) fail_errno(output, "cannot be written");
   }
 };
 
@@ -278,6 +326,7 @@ struct Perplexity {
                        "\n");
     std::printf("perplexity %.4f (%.4f nats a token over %zu of %zu tokens, %zu windows of %zu)\n", value,
                 r.nats_per_token, r.n_scored, tokens.size(), r.n_windows, engine.n_ctx);
+    write_out("");
   }
 };
 
@@ -313,6 +362,22 @@ struct Info {
     const EngineOptions defaults;
     std::printf("this processor: %s kernels, %zu threads\n", std::string(name_of(defaults.isa)).c_str(),
                 usable_processors());
+    write_out("");
+  }
+};
+
+struct Pack {
+  std::string input, output;
+  unsigned output_bits = 8;
+
+  void add(CLI::App& app) {
+    CLI::App& c = *app.add_subcommand("pack", "write a model in the small layout that loads and runs fastest");
+    c.add_option("--model,-m", input, "GGUF file")->required();
+    c.add_option("--output,-o", output, "file to write")->required();
+    c.add_option("--output-bits", output_bits, "8 or 6: bits of a weight of the output matrix")
+        ->check(CLI::IsMember({8, 6}))
+        ->capture_default_str();
+    c.callback([this] { pack(input, output, output_bits); });
   }
 };
 
@@ -324,11 +389,12 @@ struct Bench {
   void add(CLI::App& app) {
     CLI::App& c = *app.add_subcommand("bench", "speed of prompt and generation, and of the memory");
     model.add(c);
-    c.add_option("--prompt-tokens", options.prompt_tokens, "0: no prefill")->capture_default_str();
-    c.add_option("--predict-tokens", options.predict_tokens, "0: no decode")->capture_default_str();
-    c.add_option("--depth", options.depth, "positions already filled")->capture_default_str();
+    for (const auto& [name, value, help] : {std::tuple{"--prompt-tokens", &options.prompt_tokens, "0: no prefill"},
+                                            std::tuple{"--predict-tokens", &options.predict_tokens, "0: no decode"},
+                                            std::tuple{"--depth", &options.depth, "positions already filled"}})
+      c.add_option(name, *value, help)->transform(in_range<size_t>(0, kMaxCount))->capture_default_str();
     c.add_option("--repetitions", options.repetitions, "the median is reported")
-        ->check(CLI::Range(1, 1000))
+        ->transform(in_range<size_t>(1, 1000))
         ->capture_default_str();
     c.add_flag("--json", json, "print JSON");
     c.callback([this] { run(); });
@@ -339,13 +405,41 @@ struct Bench {
     const Json out = bench(engine, options);
     if (json) return write_out(out.dump() + "\n");
     for (const auto& [key, value] : out.items()) std::printf("%-42s %s\n", key.c_str(), value.dump().c_str());
+    write_out("");
   }
 };
+
+// One line on standard error, whatever a path or a value contains.
+int fail(ExitCode code, const std::string& message) {
+  std::string line = "bitnet: ";
+  for (const char c : to_valid_utf8(message)) {
+    const bool control = static_cast<unsigned char>(c) < 0x20 || c == 0x7F;
+    line += control ? ' ' : c;
+  }
+  std::fputs((line + "\n").c_str(), stderr);
+  return static_cast<int>(code);
+}
+
+// Says in one line what the exception that is being handled means, and gives the exit code.
+int report_exception() {
+  try {
+    throw;
+  } catch (const Error& e) {
+    return fail(e.code(), e.what());
+  } catch (const std::bad_alloc&) {
+    std::fputs("bitnet: not enough memory\n", stderr);
+    return static_cast<int>(ExitCode::kOutOfMemory);
+  } catch (const std::system_error& e) {  // of all that is called only starting a thread throws it
+    return fail(ExitCode::kOutOfMemory, std::string("not enough memory to start a thread: ") + e.what());
+  } catch (const std::exception& e) {
+    return fail(ExitCode::kInternal, std::string("internal error: ") + e.what());
+  }
+}
 
 int run(int argc, char** argv) {
   CLI::App app("BitNet: ternary language models on a processor", "bitnet");
   app.set_version_flag("--version", std::string(kVersion));
-  app.require_subcommand(1);
+  app.require_subcommand(0, 1);
   Generate generate;
   WorkerCommand worker;
   Tokenize tokenize;
@@ -354,6 +448,7 @@ int run(int argc, char** argv) {
   Perplexity perplexity;
   Info info;
   Bench bench;
+  Pack pack;
   generate.add(app);
   worker.add(app);
   tokenize.add(app);
@@ -362,23 +457,17 @@ int run(int argc, char** argv) {
   perplexity.add(app);
   info.add(app);
   bench.add(app);
+  pack.add(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {
     if (e.get_exit_code() == 0) return app.exit(e);  // --help, --version
-    std::cerr << "bitnet: " << e.what() << "\n";
-    return static_cast<int>(ExitCode::kUsage);
-  } catch (const Error& e) {
-    std::cerr << "bitnet: " << e.what() << "\n";
-    return static_cast<int>(e.code());
-  } catch (const std::bad_alloc&) {
-    std::cerr << "bitnet: not enough memory\n";
-    return static_cast<int>(ExitCode::kOutOfMemory);
-  } catch (const std::exception& e) {
-    std::cerr << "bitnet: internal error: " << e.what() << "\n";
-    return static_cast<int>(ExitCode::kInternal);
+    if (argc > 1 && app.get_subcommands().empty())
+      return fail(ExitCode::kUsage, bitnet::quoted(argv[1]) + " is not a command; bitnet --help lists them");
+    return fail(ExitCode::kUsage, e.what());
   }
-  return 0;
+  if (app.get_subcommands().empty()) return fail(ExitCode::kUsage, "a command is missing; bitnet --help lists them");
+  return static_cast<int>(ExitCode::kOk);
 }
 
 }  // namespace
@@ -389,5 +478,11 @@ int main(int argc, char** argv) {
     std::fputs("bitnet: this processor lacks AVX2, FMA or F16C, which bitnet needs\n", stderr);
     return static_cast<int>(bitnet::ExitCode::kUnsupportedProcessor);
   }
-  return bitnet::run(argc, argv);
+  // Memory can run out where nothing may be thrown: in a thread, or a destructor of the JSON library.
+  std::set_terminate([] { _exit(std::current_exception() ? bitnet::report_exception() : 1); });
+  try {
+    return bitnet::run(argc, argv);
+  } catch (...) {
+    return bitnet::report_exception();
+  }
 }

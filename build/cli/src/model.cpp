@@ -1,10 +1,15 @@
 #include "model.h"
 
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 
 #include "elementary.h"
 #include "error.h"
+#include "pack.h"
 
 namespace bitnet {
 namespace {
@@ -46,34 +51,51 @@ const float* vector(const GgufFile& file, const std::string& name, size_t n) {
 
 TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor& tensor = find(file, name, {cols, rows});
-  if (tensor.type != TensorType::kI2_S) wrong_type(file, tensor, "I2_S");
+  if (tensor.type != TensorType::kI2_S && tensor.type != TensorType::kTrits) wrong_type(file, tensor, "I2_S or TRITS");
   if (cols % kTernaryBlock != 0)
     invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) + " weights, not a multiple of " +
                       std::to_string(kTernaryBlock));
-  TernaryMatrix matrix{reinterpret_cast<const uint8_t*>(tensor.bytes.data()), rows, cols, 0.0f};
-  std::memcpy(&matrix.scale, matrix.codes + matrix.bytes(), sizeof(float));
+  const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor.bytes.data());
+  const bool packed = tensor.type == TensorType::kTrits;
+  TernaryMatrix matrix{packed ? nullptr : data, packed ? data : nullptr, rows, cols, 0.0f};
+  std::memcpy(&matrix.scale, data + (packed ? matrix.packed_units() * TernaryMatrix::kPackedUnit : matrix.bytes()),
+              sizeof(float));
   if (!std::isfinite(matrix.scale)) invalid(file, "tensor " + name + " has a scale that is not finite");
   return matrix;
 }
 
-FloatMatrix matrix(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
+FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor& tensor = find(file, name, {cols, rows});
-  const auto as = [&](RowType type) { return FloatMatrix{type, tensor.bytes.data(), rows, cols}; };
+  FloatRows out{RowType::kF32, reinterpret_cast<const uint8_t*>(tensor.bytes.data()), nullptr, rows, cols};
   switch (tensor.type) {
     case TensorType::kF32:
-      return as(RowType::kF32);
-    case TensorType::kF16:
-      return as(RowType::kF16);
-    case TensorType::kBF16:
-      return as(RowType::kBF16);
-    case TensorType::kQ8_0:
-      return as(RowType::kQ8_0);
-    case TensorType::kQ6_K:
-      return as(RowType::kQ6_K);
-    case TensorType::kI2_S:
       break;
+    case TensorType::kF16:
+      out.type = RowType::kF16;
+      break;
+    case TensorType::kBF16:
+      out.type = RowType::kBF16;
+      break;
+    case TensorType::kQ8_0:
+      out.type = RowType::kQ8_0;
+      break;
+    case TensorType::kQ6_K:
+      out.type = RowType::kQ6_K;
+      break;
+    case TensorType::kHigh4: {
+      const Tensor& low = find(file, name + kLowPlaneSuffix, {cols, rows});
+      if (low.type != TensorType::kLow4 && low.type != TensorType::kLow2) wrong_type(file, low, "LOW4 or LOW2");
+      out.type = low.type == TensorType::kLow4 ? RowType::kSplit8 : RowType::kSplit6;
+      out.low = reinterpret_cast<const uint8_t*>(low.bytes.data());
+      if (cols / kScaleBlock > kMaxScreenBlocks)
+        invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) +
+                          " weights, the split types take at most " + std::to_string(kMaxScreenBlocks * kScaleBlock));
+      break;
+    }
+    default:
+      wrong_type(file, tensor, "F32, F16, BF16, Q8_0, Q6_K or HIGH4");
   }
-  wrong_type(file, tensor, "F32, F16, BF16, Q8_0 or Q6_K");
+  return out;
 }
 
 Config read_config(const GgufFile& file) {
@@ -174,14 +196,74 @@ size_t Model::n_params() const {
   return c.n_layers * (attention + ffn + norms) + c.dim + embeddings;
 }
 
-size_t Model::bytes_per_token() const {
-  size_t bytes = output_.bytes() + config_.dim * sizeof(float);
-  for (const Layer& layer : layers_) {
+template <class F>
+void Model::for_each_matrix(F&& f) const {
+  for (const Layer& layer : layers_)
     for (const TernaryMatrix* m :
          {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
-      bytes += m->bytes();
-    bytes += (2 * config_.dim + config_.q_dim() + config_.ffn_dim) * sizeof(float);
+      f(*m);
+}
+
+Model::~Model() {
+  if (expanded_) munmap(expanded_, expanded_bytes());
+}
+
+void Model::expand(ThreadPool& pool, const Kernels& kernels) {
+  if (expanded_bytes() == 0) return;
+  expanded_ = mmap(nullptr, expanded_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  if (expanded_ == MAP_FAILED) {
+    expanded_ = nullptr;
+    throw Error(ExitCode::kOutOfMemory,
+                "not enough memory: the expanded weights take " + std::to_string(expanded_bytes() >> 20) + " MiB");
   }
+  madvise(expanded_, expanded_bytes(), MADV_HUGEPAGE);
+  struct Piece {
+    const uint8_t* packed;
+    size_t units;
+    uint8_t* codes;
+  };
+  constexpr size_t kUnitsPerPiece = 4096;  // 640 kB of codes
+  std::vector<Piece> pieces;
+  uint8_t* next = static_cast<uint8_t*>(expanded_);
+  for (Layer& layer : layers_)
+    for (TernaryMatrix* m : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
+      if (!m->packed) continue;
+      m->codes = next;
+      for (size_t unit = 0; unit < m->packed_units(); unit += kUnitsPerPiece)
+        pieces.push_back({m->packed + unit * TernaryMatrix::kPackedUnit,
+                          std::min(kUnitsPerPiece, m->packed_units() - unit), next + unit * TernaryMatrix::kCodeUnit});
+      next += m->packed_units() * TernaryMatrix::kCodeUnit;
+    }
+  pool.for_each(pieces.size(), [&](size_t i, size_t) {
+    const Piece& piece = pieces[i];
+    kernels.expand_trits(piece.packed, piece.units, piece.codes);
+    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)),
+                    first = reinterpret_cast<uintptr_t>(piece.packed);
+    const uintptr_t begin = (first + page - 1) / page * page,
+                    end = (first + piece.units * TernaryMatrix::kPackedUnit) / page * page;
+    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+  });
+}
+
+size_t Model::expanded_bytes() const {
+  size_t bytes = 0;
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += m.packed ? m.packed_units() * TernaryMatrix::kCodeUnit : 0; });
+  return bytes;
+}
+
+size_t Model::bytes_per_token() const {
+  const size_t norms = config_.dim + config_.n_layers * (2 * config_.dim + config_.q_dim() + config_.ffn_dim);
+  size_t bytes = output_.rows * row_bytes(output_.type, output_.cols) + norms * sizeof(float);
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += m.bytes(); });
+  return bytes;
+}
+
+size_t Model::memory_bytes() const {
+  const auto plane_bytes = [](const FloatRows& w) {
+    return w.rows * (row_bytes(w.type, w.cols) + low_row_bytes(w.type, w.cols));
+  };
+  size_t bytes = bytes_per_token() + output_.rows * low_row_bytes(output_.type, output_.cols);
+  if (output_.data != token_embedding_.data) bytes += plane_bytes(token_embedding_);
   return bytes;
 }
 

@@ -8,6 +8,7 @@
 
 #include "gguf.h"
 #include "kernels/kernels.h"
+#include "thread_pool.h"
 
 namespace bitnet {
 
@@ -31,23 +32,17 @@ struct Config {
 };
 
 struct TernaryMatrix {
-  const uint8_t* codes;  // (rows, cols / 4), I2_S
+  const uint8_t* codes;   // (rows, cols / 4), I2_S; nullptr in a packed file until it is expanded
+  const uint8_t* packed;  // five trits in a byte, or nullptr
   size_t rows;
   size_t cols;
   float scale;
 
   TernaryRows slice(size_t first, size_t count) const { return {codes + first * (cols / 4), count, cols}; }
-  size_t bytes() const { return rows * cols / 4; }
-};
+  size_t bytes() const { return rows * cols / 4; }  // of the codes
+  size_t packed_units() const { return (bytes() + kCodeUnit - 1) / kCodeUnit; }
 
-struct FloatMatrix {
-  RowType type;
-  const std::byte* data;  // (rows, row_bytes(type, cols))
-  size_t rows;
-  size_t cols;
-
-  const std::byte* row(size_t r) const { return data + r * row_bytes(type, cols); }
-  size_t bytes() const { return rows * row_bytes(type, cols); }
+  static constexpr size_t kCodeUnit = 160, kPackedUnit = 128;  // bytes that belong together
 };
 
 struct Layer {
@@ -66,25 +61,39 @@ class Model {
  public:
   // `file` must outlive the model. Error(kUnsupportedModel, kInvalidModel) for what the engine cannot compute.
   explicit Model(const GgufFile& file);
+  ~Model();
+  Model(const Model&) = delete;
+  Model& operator=(const Model&) = delete;
+
+  // Writes the ternary weights of a packed file into memory as 2-bit codes and gives the file's pages back to the
+  // system; nothing for other files. Must be done before anything is computed. Error(kOutOfMemory).
+  void expand(ThreadPool& pool, const Kernels& kernels);
 
   const Config& config() const { return config_; }
-  const FloatMatrix& token_embedding() const { return token_embedding_; }  // (n_vocab, dim)
-  const FloatMatrix& output() const { return output_; }      // (n_vocab, dim); the embedding where they are tied
+  const FloatRows& token_embedding() const { return token_embedding_; }  // (n_vocab, dim)
+  const FloatRows& output() const { return output_; }        // (n_vocab, dim); the embedding where they are tied
   const float* output_norm() const { return output_norm_; }  // (dim)
   const std::vector<Layer>& layers() const { return layers_; }
   // Radians per position of each rotated pair, (head_dim / 2); float, as the training code computes them.
   const std::vector<float>& rope_frequencies() const { return rope_frequencies_; }
 
   size_t n_params() const;
-  // Weights read to compute one token (embedding row not counted): ternary codes, norms and the output matrix.
+  // Weights read to compute one token (embedding row not counted): ternary codes, norms and the output matrix, of a
+  // split one the upper plane.
   size_t bytes_per_token() const;
+  size_t memory_bytes() const;    // all weights, in memory or in the map
+  size_t expanded_bytes() const;  // what expand() allocates
 
  private:
   Config config_;
-  FloatMatrix token_embedding_, output_;
+  template <class F>
+  void for_each_matrix(F&& f) const;
+
+  FloatRows token_embedding_, output_;
   const float* output_norm_;
   std::vector<Layer> layers_;
   std::vector<float> rope_frequencies_;
+  void* expanded_ = nullptr;
 };
 
 }  // namespace bitnet

@@ -24,8 +24,8 @@ double surprise(std::span<const float> logits, TokenId token) {
 PerplexityResult perplexity(Engine& engine, std::span<const TokenId> tokens) {
   const std::optional<TokenId> bos = engine.tokenizer.bos();
   const size_t step = engine.n_ctx - (bos ? 1 : 0), n_vocab = engine.config().n_vocab;
-  if (tokens.size() < 2 || step < 2)
-    throw Error(ExitCode::kUsage, "perplexity needs at least 2 tokens, in the text and in the context; got " +
+  if (tokens.size() < 2 || engine.n_ctx < 3)
+    throw Error(ExitCode::kUsage, "perplexity needs a text of at least 2 tokens and a context of at least 3, got " +
                                       std::to_string(tokens.size()) + " and " + std::to_string(engine.n_ctx));
   const size_t rows = std::min(kLogitRows, engine.transformer.max_batch());
   std::vector<float> logits(rows * n_vocab);
@@ -49,7 +49,8 @@ PerplexityResult perplexity(Engine& engine, std::span<const TokenId> tokens) {
         batch.push_back({window[i], static_cast<uint32_t>(i), &cache, scored});
         if (scored) targets.push_back(window[i + 1]);
       }
-      engine.transformer.forward(batch, logits.data());
+      engine.transformer.forward(batch);
+      engine.transformer.logits(logits.data());
       engine.pool.for_each(targets.size(), [&](size_t i, size_t) {
         losses[i] = surprise(std::span(logits).subspan(i * n_vocab, n_vocab), targets[i]);
       });

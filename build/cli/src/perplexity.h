@@ -15,7 +15,7 @@ struct PerplexityResult {
 
 // Cuts the tokens into windows of the engine's context (BOS first, where the model has one) and scores the second half
 // of each, as llama.cpp does; a shorter text is scored whole (without BOS: from its second token on). Error(kUsage) for
-// fewer than two tokens.
+// fewer than two tokens or a context of fewer than three.
 PerplexityResult perplexity(Engine& engine, std::span<const TokenId> tokens);
 
 }  // namespace bitnet

@@ -11,6 +11,7 @@ namespace {
 
 using Json = nlohmann::json;
 
+constexpr int kMaxDepth = 8;  // of arrays and objects in each other: brackets alone, 16 MiB of them, would take 1.3 GB
 constexpr size_t kMaxIdBytes = 128;
 constexpr size_t kMaxStopStrings = 64;
 constexpr size_t kMaxStopBytes = 4096;
@@ -155,9 +156,14 @@ CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::
 
 Request parse_request(const std::string& line, const Tokenizer& tokenizer, Clock::time_point received,
                       std::string& id) {
+  const auto check_depth = [](int depth, Json::parse_event_t, const Json&) {
+    if (depth > kMaxDepth)
+      throw RequestError("invalid_request", "", "the line has values more than " + std::to_string(kMaxDepth) + " deep");
+    return true;
+  };
   Json json;
   try {
-    json = Json::parse(line);
+    json = Json::parse(line, check_depth);
   } catch (const Json::exception& e) {
     throw RequestError("invalid_json", "",
                        "the line is not valid JSON (" + std::string("error ") + std::to_string(e.id) + ")");

@@ -1,6 +1,7 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <unordered_map>
 
@@ -9,20 +10,43 @@
 namespace bitnet {
 
 Sampler::Sampler(const SamplingParams& params, std::vector<TokenId> banned)
-    : params_(params), banned_(std::move(banned)), random_(params.seed) {}
+    : params_(params), banned_(std::move(banned)), random_(params.seed) {
+  std::sort(banned_.begin(), banned_.end());
+}
+
+size_t Sampler::candidates_wanted() const {
+  if (penalises()) return 0;
+  if (params_.temperature <= 0.0f) return 1 + banned_.size();
+  if (params_.top_k < 1 || params_.top_k > kMaxScreenedTopK) return 0;
+  return static_cast<size_t>(params_.top_k) + banned_.size();
+}
+
+TokenId Sampler::sample(std::span<const Candidate> best) {
+  const size_t k = params_.temperature <= 0.0f ? 1 : static_cast<size_t>(params_.top_k);
+  candidates_.clear();
+  for (const Candidate& candidate : best)
+    if (candidates_.size() < k && !is_banned(candidate.token)) candidates_.push_back(candidate);
+  return draw();
+}
 
 TokenId Sampler::sample(std::span<float> logits, std::span<const TokenId> history) {
   penalise(logits, history);
   for (const TokenId token : banned_) logits[static_cast<size_t>(token)] = -std::numeric_limits<float>::infinity();
-  if (params_.temperature <= 0.0f)
-    return static_cast<TokenId>(std::max_element(logits.begin(), logits.end()) - logits.begin());
-  const size_t k = params_.top_k > 0 ? static_cast<size_t>(params_.top_k) : logits.size();
-  keep_best(logits, std::min(k, logits.size()));
+  size_t k = params_.temperature <= 0.0f ? 1 : static_cast<size_t>(params_.top_k);
+  if (k == 0 || k > logits.size()) k = logits.size();
+  candidates_ = best_of(logits, k);
+  std::sort(candidates_.begin(), candidates_.end(), better);
   return draw();
 }
 
+bool Sampler::is_banned(TokenId token) const { return std::binary_search(banned_.begin(), banned_.end(), token); }
+
+bool Sampler::penalises() const {
+  return params_.repeat_penalty != 1.0f || params_.presence_penalty != 0.0f || params_.frequency_penalty != 0.0f;
+}
+
 void Sampler::penalise(std::span<float> logits, std::span<const TokenId> history) const {
-  if (params_.repeat_penalty == 1.0f && params_.presence_penalty == 0.0f && params_.frequency_penalty == 0.0f) return;
+  if (!penalises()) return;
   if (params_.repeat_last_n >= 0)
     history = history.last(std::min(history.size(), static_cast<size_t>(params_.repeat_last_n)));
   std::unordered_map<TokenId, int> counts;
@@ -34,30 +58,8 @@ void Sampler::penalise(std::span<float> logits, std::span<const TokenId> history
   }
 }
 
-void Sampler::keep_best(std::span<const float> logits, size_t k) {
-  const auto better = [](const Candidate& a, const Candidate& b) {
-    return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
-  };
-  candidates_.clear();
-  if (k == logits.size()) {
-    for (size_t i = 0; i < k; i++) candidates_.push_back({logits[i], static_cast<TokenId>(i)});
-  } else {  // a heap of the k best so far, the worst of them on top
-    for (size_t i = 0; i < logits.size(); i++) {
-      const Candidate candidate{logits[i], static_cast<TokenId>(i)};
-      if (candidates_.size() < k) {
-        candidates_.push_back(candidate);
-        std::push_heap(candidates_.begin(), candidates_.end(), better);
-      } else if (better(candidate, candidates_.front())) {
-        std::pop_heap(candidates_.begin(), candidates_.end(), better);
-        candidates_.back() = candidate;
-        std::push_heap(candidates_.begin(), candidates_.end(), better);
-      }
-    }
-  }
-  std::sort(candidates_.begin(), candidates_.end(), better);
-}
-
 TokenId Sampler::draw() {
+  if (params_.temperature <= 0.0f) return candidates_.front().token;
   const double best = candidates_.front().logit;
   double total = 0.0;
   weights_.clear();

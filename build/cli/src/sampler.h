@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "tokenizer.h"
+#include "transformer.h"
 
 namespace bitnet {
 
@@ -28,23 +29,29 @@ class Sampler {
   // `banned` tokens are never chosen.
   Sampler(const SamplingParams& params, std::vector<TokenId> banned);
 
-  // `logits` (n_vocab) is used up; `history` is the prompt and what was generated after it. Equal logits: the lower id
-  // wins.
+  // How many of the largest logits are enough to draw from; 0: it takes all of them, because a penalty can lift a token
+  // from outside.
+  size_t candidates_wanted() const;
+
+  // From the best candidates (best first, as many as wanted).
+  TokenId sample(std::span<const Candidate> best);
+
+  // From all logits, (n_vocab), which are used up; `history` is the prompt and what was generated after it. Equal
+  // logits: the lower id wins.
   TokenId sample(std::span<float> logits, std::span<const TokenId> history);
 
  private:
-  struct Candidate {
-    float logit;
-    TokenId token;
-  };
+  static constexpr int32_t kMaxScreenedTopK = 100;
+
+  bool penalises() const;
   void penalise(std::span<float> logits, std::span<const TokenId> history) const;
-  void keep_best(std::span<const float> logits, size_t k);  // → candidates_, best first
+  bool is_banned(TokenId token) const;
   TokenId draw();
 
   SamplingParams params_;
-  std::vector<TokenId> banned_;
+  std::vector<TokenId> banned_;  // sorted
   std::mt19937_64 random_;
-  std::vector<Candidate> candidates_;
+  std::vector<Candidate> candidates_;  // best first
   std::vector<double> weights_;
 };
 

@@ -101,11 +101,18 @@ bool Session::evaluate(std::span<const TokenId> tokens, const std::function<bool
     for (size_t i = 0; i < n; i++)
       batch.push_back(
           {tokens[done + i], static_cast<uint32_t>(cached_.size() + i), &cache_, done + i + 1 == tokens.size()});
-    if (!engine_.transformer.forward(batch, logits_.data(), abandon)) return false;
+    if (!engine_.transformer.forward(batch, abandon)) return false;
     cached_.insert(cached_.end(), tokens.begin() + static_cast<std::ptrdiff_t>(done),
                    tokens.begin() + static_cast<std::ptrdiff_t>(done + n));
   }
   return true;
+}
+
+TokenId Session::next_token(Sampler& sampler, std::span<const TokenId> history) {
+  if (const size_t wanted = sampler.candidates_wanted(); wanted > 0)
+    return sampler.sample(engine_.transformer.best(0, wanted));
+  engine_.transformer.logits(logits_.data());
+  return sampler.sample(std::span(logits_), history);
 }
 
 CompletionResult Session::complete(const Completion& request, const OnPiece& on_piece,
@@ -158,7 +165,7 @@ CompletionResult Session::complete(const Completion& request, const OnPiece& on_
   const size_t limit = request.n_predict < 0 ? room : std::min(room, static_cast<size_t>(request.n_predict));
   result.stop_type = StopType::kLimit;
   while (result.tokens.size() < limit && !interrupted()) {
-    const TokenId token = sampler.sample(logits_, history);
+    const TokenId token = next_token(sampler, history);
     result.tokens.push_back(token);
     history.push_back(token);
     if (std::binary_search(end_tokens.begin(), end_tokens.end(), token)) {

@@ -60,18 +60,19 @@ class Session {
   // `cancelled` is asked before every token and, in the prompt, before every layer.
   CompletionResult complete(const Completion& request, const OnPiece& on_piece, const std::function<bool()>& cancelled);
 
-  // Computes the tokens after those already cached, in batches; false when it was abandoned. Logits of the last one →
-  // logits().
+  // Computes the tokens after those already cached, in batches; false when it was abandoned. The transformer then has
+  // the output of the last one.
   bool evaluate(std::span<const TokenId> tokens, const std::function<bool()>& abandon = {});
-  std::span<float> logits() { return logits_; }  // (n_vocab)
-  void truncate(size_t n_tokens);                // forgets the positions from n_tokens on
+  void truncate(size_t n_tokens);  // forgets the positions from n_tokens on
   size_t n_cached() const { return cached_.size(); }
 
  private:
+  TokenId next_token(Sampler& sampler, std::span<const TokenId> history);
+
   Engine& engine_;
   KvCache cache_;
   std::vector<TokenId> cached_;  // the tokens whose keys and values are in the cache
-  std::vector<float> logits_;
+  std::vector<float> logits_;    // (n_vocab)
 };
 
 // The model's chat template around one user turn (docs/architecture.md, "Text"): ids, BOS included.

@@ -25,10 +25,17 @@ void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
 }  // namespace
 
 ThreadPool::ThreadPool(size_t n_threads) {
-  for (size_t i = 1; i < n_threads; i++) workers_.emplace_back([this, i] { work(i); });
+  try {
+    for (size_t i = 1; i < n_threads; i++) workers_.emplace_back([this, i] { work(i); });
+  } catch (...) {  // those that were started would be waited for, and wait for work
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stopping_.store(true, std::memory_order_relaxed);
   loop_.fetch_add(1, std::memory_order_release);
   loop_.notify_all();

@@ -14,7 +14,7 @@ namespace bitnet {
 
 class ThreadPool {
  public:
-  explicit ThreadPool(size_t n_threads);  // ≥ 1, the caller's thread included
+  explicit ThreadPool(size_t n_threads);  // ≥ 1, the caller's thread included; std::system_error where one cannot start
   ~ThreadPool();
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
@@ -34,6 +34,7 @@ class ThreadPool {
   using Body = void (*)(void*, size_t, size_t);
   void run(size_t n, Body body, void* context);
   void work(size_t thread);
+  void stop();
   void take_pieces(uint32_t loop, size_t thread);
 
   // One loop at a time. `ticket_` holds the loop's number (upper half) and how many pieces are still to be taken (lower

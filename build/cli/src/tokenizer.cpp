@@ -378,10 +378,7 @@ void check_count(const GgufFile& file, std::string_view key, size_t count) {
 
 GgufStrings read_spellings(const GgufFile& file) {
   const std::string_view model = file.get_string(kModelKey);
-  if (model != "gpt2") {
-    file.fail(kModelKey, "\"" + to_valid_utf8(model.substr(0, 64)) + "\", expected \"gpt2\"",
-              ExitCode::kUnsupportedModel);
-  }
+  if (model != "gpt2") file.fail(kModelKey, quoted(model) + ", expected \"gpt2\"", ExitCode::kUnsupportedModel);
   GgufStrings spellings = file.get_strings(kTokensKey);
   check_count(file, kTokensKey, spellings.size());
   return spellings;

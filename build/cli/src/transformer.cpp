@@ -2,6 +2,9 @@
 
 #include <algorithm>
 #include <cassert>
+#include <cmath>
+#include <functional>
+#include <limits>
 
 #include "elementary.h"
 
@@ -10,8 +13,15 @@ namespace {
 
 constexpr size_t kRowsPerPiece = 64;  // of a ternary matrix, for one thread at a time: 41 kB at 2,560 columns
 constexpr size_t kLogitRowsPerPiece = 64;
+constexpr size_t kScreenRowsPerPiece = 256;
+constexpr size_t kCandidatesPerPiece = 16;
+// How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
+// vector stay within 8 but for one row in 10¹⁵; docs/performance.md has the largest distances met.
+constexpr float kScreenDeviations = 8.0f;
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
+
+size_t screen_blocks(const Config& c) { return (c.dim / kScaleBlock + kLanes - 1) / kLanes * kLanes; }
 
 // How many of n tokens go by look-up: whole tiles, and a rest that is large enough.
 size_t lookup_tokens(const Kernels& kernels, size_t n) {
@@ -29,6 +39,24 @@ size_t score_floats(const Config& c, size_t max_context) {
 }
 
 }  // namespace
+
+std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
+  std::vector<Candidate> heap;  // of the k best so far, the worst of them on top
+  for (size_t i = 0; i < logits.size(); i++) {
+    // A model with wrong weights may give NaN, which nothing could be ordered by.
+    const float logit = std::isnan(logits[i]) ? -std::numeric_limits<float>::infinity() : logits[i];
+    const Candidate candidate{logit, static_cast<int32_t>(i)};
+    if (heap.size() < k) {
+      heap.push_back(candidate);
+      std::push_heap(heap.begin(), heap.end(), better);
+    } else if (better(candidate, heap.front())) {
+      std::pop_heap(heap.begin(), heap.end(), better);
+      heap.back() = candidate;
+      std::push_heap(heap.begin(), heap.end(), better);
+    }
+  }
+  return heap;
+}
 
 Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch,
                          size_t max_context)
@@ -50,6 +78,10 @@ Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool&
       gate_(max_batch * config_.ffn_dim),
       up_(max_batch * config_.ffn_dim),
       branch_(max_batch * config_.dim),
+      outputs_(max_batch * config_.dim),
+      screen_values_(config_.dim),
+      screen_corrections_(screen_blocks(config_)),
+      screen_variances_(screen_blocks(config_)),
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
@@ -65,7 +97,7 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
 }
 
 // Section 3 of the model's description, block after block.
-bool Transformer::forward(std::span<const BatchToken> batch, float* logits, const std::function<bool()>& abandon) {
+bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_);
@@ -91,7 +123,7 @@ bool Transformer::forward(std::span<const BatchToken> batch, float* logits, cons
     project({{&layer.down, branch_.data()}});
     add_to_residual();
   }
-  output_logits(batch, logits);
+  norm_outputs(batch);
   return true;
 }
 
@@ -106,10 +138,9 @@ void Transformer::for_each_token(F&& f) {
 
 void Transformer::embed(std::span<const BatchToken> batch) {
   const size_t half = config_.head_dim / 2;
-  const FloatMatrix& embedding = model_.token_embedding();
+  const FloatRows& embedding = model_.token_embedding();
   for_each_token([&](size_t t, size_t) {
-    decode_row(embedding.type, embedding.row(static_cast<size_t>(batch[t].token)), config_.dim,
-               &residual_[t * config_.dim]);
+    decode_row(embedding, static_cast<size_t>(batch[t].token), &residual_[t * config_.dim]);
     for (size_t i = 0; i < half; i++) {
       const float angle = static_cast<float>(batch[t].position) * model_.rope_frequencies()[i];
       const SinCos value = sin_cos(static_cast<double>(angle));
@@ -211,20 +242,102 @@ void Transformer::add_to_residual() {
       [&](size_t t, size_t) { kernels_.add(&residual_[t * config_.dim], &branch_[t * config_.dim], config_.dim); });
 }
 
-void Transformer::output_logits(std::span<const BatchToken> batch, float* logits) {
-  size_t wanting = 0;
+void Transformer::norm_outputs(std::span<const BatchToken> batch) {
+  n_wanting_ = 0;
   for (size_t t = 0; t < n_; t++)
     if (batch[t].wants_logits)
       kernels_.rms_norm(&residual_[t * config_.dim], model_.output_norm(), config_.norm_epsilon, config_.dim,
-                        &normed_[wanting++ * config_.dim]);
-  if (wanting == 0) return;
-  const FloatMatrix& output = model_.output();
+                        &outputs_[n_wanting_++ * config_.dim]);
+}
+
+void Transformer::logits(float* out) {
+  const FloatRows& output = model_.output();
+  if (n_wanting_ == 0) return;
   pool_.for_each((output.rows + kLogitRowsPerPiece - 1) / kLogitRowsPerPiece, [&](size_t piece, size_t) {
-    const size_t first = piece * kLogitRowsPerPiece;
-    const FloatRows rows{output.type, output.row(first), std::min(kLogitRowsPerPiece, output.rows - first),
-                         output.cols};
-    kernels_.dot_rows(rows, normed_.data(), wanting, logits + first, output.rows);
+    const size_t first = piece * kLogitRowsPerPiece, count = std::min(kLogitRowsPerPiece, output.rows - first);
+    kernels_.dot_rows(output.slice(first, count), outputs_.data(), n_wanting_, out + first, output.rows);
   });
+}
+
+bool Transformer::can_screen() const {
+  return model_.output().type == RowType::kSplit8 || model_.output().type == RowType::kSplit6;
+}
+
+// What screen_rows needs of one output vector. The numbers of a split row are (upper << bits) + lower − zero: the lower
+// bits are taken as their middle, and their error as that of a uniform choice; the error of quantising the vector is
+// added to it.
+void Transformer::prepare_screen(const float* x, Screen& screen) {
+  const RowType type = model_.output().type;
+  const float steps = type == RowType::kSplit8 ? 16.0f : 4.0f, zero = type == RowType::kSplit8 ? 128.0f : 32.0f;
+  int32_t sum;
+  const float s = kernels_.quantize(x, config_.dim, screen_values_.data(), &sum);
+  const float lower_variance = (steps * steps - 1.0f) / 12.0f;
+  const float quantising_variance = kScaleBlock * (zero / 2.0f) * (zero / 2.0f) / (12.0f * s * s);
+  for (size_t b = 0; b * kScaleBlock < config_.dim; b++) {
+    int32_t total = 0;
+    float squares = 0.0f;
+    for (size_t i = b * kScaleBlock; i < (b + 1) * kScaleBlock; i++) {
+      total += screen_values_[i];
+      squares += x[i] * x[i];
+    }
+    screen_corrections_[b] = (zero - (steps - 1.0f) / 2.0f) / steps * static_cast<float>(total);
+    screen_variances_[b] = lower_variance * squares + quantising_variance;
+  }
+  screen = {screen_values_.data(), screen_corrections_.data(), screen_variances_.data(), steps / s};
+}
+
+void Transformer::screened_best(const float* x, size_t k, std::vector<Candidate>& out) {
+  const FloatRows& output = model_.output();
+  Screen screen{};
+  prepare_screen(x, screen);
+  estimates_.resize(output.rows);
+  deviations_.resize(output.rows);
+  pool_.for_each((output.rows + kScreenRowsPerPiece - 1) / kScreenRowsPerPiece, [&](size_t piece, size_t) {
+    const size_t first = piece * kScreenRowsPerPiece, count = std::min(kScreenRowsPerPiece, output.rows - first);
+    kernels_.screen_rows(output.slice(first, count), screen, &estimates_[first], &deviations_[first]);
+  });
+  // At least k rows reach the k-th best lower end, so a row whose upper end does not cannot be among the best k.
+  lower_ends_.clear();
+  float threshold = -std::numeric_limits<float>::infinity();
+  for (size_t r = 0; r < output.rows; r++) {
+    const float lower = estimates_[r] - kScreenDeviations * deviations_[r];
+    if (!(lower > threshold)) continue;  // NaN, from a model with wrong weights, neither
+    lower_ends_.push_back(lower);
+    std::push_heap(lower_ends_.begin(), lower_ends_.end(), std::greater<>());
+    if (lower_ends_.size() > k) {
+      std::pop_heap(lower_ends_.begin(), lower_ends_.end(), std::greater<>());
+      lower_ends_.pop_back();
+    }
+    if (lower_ends_.size() == k) threshold = lower_ends_.front();
+  }
+  out.clear();
+  for (size_t r = 0; r < output.rows; r++)
+    if (estimates_[r] + kScreenDeviations * deviations_[r] >= threshold) out.push_back({0.0f, static_cast<int32_t>(r)});
+  if (out.empty()) out.push_back({0.0f, 0});
+  pool_.for_each((out.size() + kCandidatesPerPiece - 1) / kCandidatesPerPiece, [&](size_t piece, size_t) {
+    for (size_t i = piece * kCandidatesPerPiece; i < std::min((piece + 1) * kCandidatesPerPiece, out.size()); i++)
+      kernels_.dot_rows(output.slice(static_cast<size_t>(out[i].token), 1), x, 1, &out[i].logit, 1);
+  });
+}
+
+std::vector<Candidate> Transformer::best(size_t which, size_t k) {
+  std::vector<Candidate> candidates;
+  const float* x = &outputs_[which * config_.dim];
+  k = std::min(k, config_.n_vocab);
+  if (can_screen()) {
+    screened_best(x, k, candidates);
+  } else {
+    const FloatRows& output = model_.output();
+    estimates_.resize(output.rows);
+    pool_.for_each((output.rows + kLogitRowsPerPiece - 1) / kLogitRowsPerPiece, [&](size_t piece, size_t) {
+      const size_t first = piece * kLogitRowsPerPiece, count = std::min(kLogitRowsPerPiece, output.rows - first);
+      kernels_.dot_rows(output.slice(first, count), x, 1, &estimates_[first], output.rows);
+    });
+    candidates = best_of(estimates_, k);
+  }
+  std::sort(candidates.begin(), candidates.end(), better);
+  if (candidates.size() > k) candidates.resize(k);
+  return candidates;
 }
 
 }  // namespace bitnet

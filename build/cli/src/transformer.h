@@ -21,16 +21,36 @@ struct BatchToken {
   bool wants_logits;
 };
 
+// A token and its logit.
+struct Candidate {
+  float logit;
+  int32_t token;
+};
+
+// Larger logits first, the lower id first of equals.
+inline bool better(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+}
+
+// The k largest of all logits (n_vocab), in no order.
+std::vector<Candidate> best_of(std::span<const float> logits, size_t k);
+
 class Transformer {
  public:
   // Model, kernels and pool must outlive the transformer. `max_batch` bounds a batch; it sets the size of the buffers
   // and nothing else: a token's logits have the same bits in every batch.
   Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context);
 
-  // Adds the batch to its caches and writes the logits of the tokens that want them, in their order: (n_wanting,
-  // n_vocab). `abandon`, where given, is asked before every layer: once it says true the rest is not computed, the
-  // batch's positions in the caches hold nothing of use, and the answer is false.
-  bool forward(std::span<const BatchToken> batch, float* logits, const std::function<bool()>& abandon = {});
+  // Adds the batch to its caches and keeps the outputs of the tokens that want logits. `abandon`, where given, is asked
+  // before every layer: once it says true the rest is not computed, the batch's positions in the caches hold nothing of
+  // use, and the answer is false.
+  bool forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon = {});
+
+  // Of the last batch, for the tokens that wanted logits, in their order: all logits, (n_wanting, n_vocab), …
+  void logits(float* out);
+  // … or the k largest of one of them, best first, with the bits that logits() gives. Of a split output matrix only the
+  // upper plane is read whole; rows that it leaves a chance to are then computed exactly.
+  std::vector<Candidate> best(size_t which, size_t k);
 
   size_t max_batch() const { return max_batch_; }
   static size_t buffer_bytes(const Config& config, size_t max_batch, size_t max_context, size_t n_threads);
@@ -55,7 +75,10 @@ class Transformer {
   void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
   void attend(std::span<const BatchToken> batch, size_t layer);
   void add_to_residual();
-  void output_logits(std::span<const BatchToken> batch, float* logits);
+  void norm_outputs(std::span<const BatchToken> batch);
+  bool can_screen() const;
+  void prepare_screen(const float* x, Screen& screen);
+  void screened_best(const float* x, size_t k, std::vector<Candidate>& out);
   template <class F>
   void for_each_token(F&& f);
 
@@ -77,7 +100,12 @@ class Transformer {
   std::vector<float> attention_;         // (max_batch, q_dim)
   std::vector<float> gate_, up_;         // (max_batch, ffn_dim)
   std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
-  std::vector<float> cosines_, sines_;   // (max_batch, head_dim / 2)
+  size_t n_wanting_ = 0;
+  std::vector<float> outputs_;  // (n_wanting, dim): what the output matrix is multiplied with
+  std::vector<float> estimates_, deviations_, lower_ends_;  // of screening
+  std::vector<int8_t> screen_values_;
+  std::vector<float> screen_corrections_, screen_variances_;
+  std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
   std::vector<LutScratch> lut_scratch_;     // a thread each
   std::vector<std::vector<int32_t>> sums_;  // a thread each: (max_batch, kRowsPerPiece)

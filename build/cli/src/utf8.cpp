@@ -69,6 +69,28 @@ std::string to_valid_utf8(std::string_view bytes) {
   return text;
 }
 
+std::string quoted(std::string_view bytes) {
+  constexpr size_t kShownBytes = 64;
+  const bool cut = bytes.size() > kShownBytes;
+  std::string text = "\"";
+  for (const char c : cut ? Utf8Stream().push(bytes.substr(0, kShownBytes)) : to_valid_utf8(bytes)) {
+    const auto byte = static_cast<uint8_t>(c);
+    if (c == '\n') {
+      text += "\\n";
+    } else if (c == '"' || c == '\\') {
+      (text += '\\') += c;
+    } else if (byte < 0x20 || byte == 0x7F) {
+      constexpr std::string_view kDigits = "0123456789abcdef";
+      ((text += "\\x") += kDigits[byte >> 4]) += kDigits[byte & 0xF];
+    } else {
+      text += c;
+    }
+  }
+  text += '"';
+  if (cut) text += "… (" + std::to_string(bytes.size()) + " bytes)";
+  return text;
+}
+
 std::string Utf8Stream::push(std::string_view bytes) {
   pending_ += bytes;
   std::string text;

@@ -16,6 +16,9 @@ size_t valid_utf8_prefix(std::string_view bytes);
 // subparts").
 std::string to_valid_utf8(std::string_view bytes);
 
+// For messages: in double quotes, on one line, valid UTF-8, control characters escaped, cut after 64 bytes.
+std::string quoted(std::string_view bytes);
+
 // Takes the bytes of tokens one after another and gives back whole characters. Bytes that can still become a character
 // are held back; bytes that never can become U+FFFD at once. Concatenated output == to_valid_utf8(concatenated input).
 class Utf8Stream {

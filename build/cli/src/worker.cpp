@@ -4,17 +4,23 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cerrno>
+#include <chrono>
 #include <condition_variable>
 #include <csignal>
 #include <deque>
+#include <iterator>
+#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
 #include <thread>
+#include <utility>
+#include <vector>
 
 #include "request.h"
 #include "session.h"
@@ -29,70 +35,78 @@ using Json = nlohmann::ordered_json;
 
 constexpr size_t kMaxLineBytes = size_t{16} << 20;
 
-// Lines of standard input, until it closes or the parent dies.
-class LineReader {
+// What comes from the other side: lines on standard input, and its end.
+class Input {
  public:
-  LineReader() : parent_(static_cast<int>(syscall(SYS_pidfd_open, getppid(), 0))) {}
-  ~LineReader() {
+  Input() : parent_(static_cast<int>(syscall(SYS_pidfd_open, getppid(), 0))) {}
+  ~Input() {
     if (parent_ >= 0) close(parent_);
   }
-  LineReader(const LineReader&) = delete;
-  LineReader& operator=(const LineReader&) = delete;
+  Input(const Input&) = delete;
+  Input& operator=(const Input&) = delete;
 
-  enum class Outcome { kLine, kTooLong, kEnd, kOrphaned };
+  // kClosed: standard input has ended, this once. kGone: the parent, or the reader of standard output, is no more.
+  enum class Outcome { kLine, kTooLong, kTimeout, kClosed, kGone };
 
-  Outcome next(std::string& line) {
-    bool too_long = false;
+  // Waits for a line, until `deadline` where there is one.
+  Outcome next(std::string& line, std::optional<Clock::time_point> deadline) {
     for (;;) {
       if (const size_t end = buffer_.find('\n', searched_); end != std::string::npos) {
         line.assign(buffer_, 0, end);
         buffer_.erase(0, end + 1);
         searched_ = 0;
-        return too_long || line.size() > kMaxLineBytes ? Outcome::kTooLong : Outcome::kLine;
+        return std::exchange(too_long_, false) || line.size() > kMaxLineBytes ? Outcome::kTooLong : Outcome::kLine;
       }
       if (buffer_.size() > kMaxLineBytes) {
-        too_long = true;
+        too_long_ = true;
         buffer_.clear();
       }
       searched_ = buffer_.size();
-      pollfd waits[2] = {{STDIN_FILENO, POLLIN, 0}, {parent_, POLLIN, 0}};  // a negative descriptor is ignored
-      if (poll(waits, 2, -1) < 0) {
-        if (errno == EINTR) continue;
-        return Outcome::kEnd;
-      }
-      if (waits[1].revents != 0) return Outcome::kOrphaned;
+      pollfd waits[] = {{input_, POLLIN, 0}, {parent_, POLLIN, 0}, {STDOUT_FILENO, 0, 0}};  // those below 0 are ignored
+      const int n_ready = poll(waits, std::size(waits), poll_timeout(deadline));
+      if (n_ready < 0) continue;  // a signal
+      if (n_ready == 0) return Outcome::kTimeout;
+      if (waits[1].revents != 0 || waits[2].revents != 0) return Outcome::kGone;
       char bytes[65536];
-      const ssize_t n = read(STDIN_FILENO, bytes, sizeof bytes);
-      if (n < 0 && errno == EINTR) continue;
-      if (n <= 0) {  // a last line without its end is a line all the same
-        if (buffer_.empty() || too_long) return Outcome::kEnd;
-        buffer_ += '\n';
-        continue;
+      const ssize_t n = read(input_, bytes, sizeof bytes);
+      if (n > 0) {
+        buffer_.append(bytes, static_cast<size_t>(n));
+      } else if (n == 0 || (errno != EINTR && errno != EAGAIN)) {
+        if (buffer_.empty() && !too_long_) {
+          input_ = -1;
+          return Outcome::kClosed;
+        }
+        buffer_ += '\n';  // a last line without its end is a line all the same
       }
-      buffer_.append(bytes, static_cast<size_t>(n));
     }
   }
 
  private:
-  int parent_;  // becomes readable when the parent ends; −1 where the kernel has no such thing
+  static int poll_timeout(std::optional<Clock::time_point> deadline) {
+    if (!deadline) return -1;
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(*deadline - Clock::now()).count();
+    return static_cast<int>(std::clamp<int64_t>(left, 0, std::numeric_limits<int>::max()));
+  }
+
+  int input_ = STDIN_FILENO;  // −1 once it has closed
+  int parent_;                // becomes readable when the parent ends; −1 where the kernel has no such thing
   std::string buffer_;
   size_t searched_ = 0;
+  bool too_long_ = false;  // the beginning of the line in the buffer was thrown away
 };
 
 void end_process(int) { _exit(0); }
 
 class Worker {
  public:
-  explicit Worker(Engine& engine) : engine_(engine), session_(engine) {}
+  Worker(Engine& engine, Input& input) : engine_(engine), session_(engine), input_(input) {}
 
-  void run(double load_ms) {
-    std::signal(SIGPIPE, SIG_IGN);
-    std::signal(SIGTERM, end_process);
-    std::signal(SIGINT, end_process);
+  // What goes wrong outside a request ends the process: half a protocol helps nobody.
+  [[noreturn]] void run(double load_ms) noexcept {
     send(ready(load_ms));
-    std::thread reader([this] { read_requests(); });
+    std::thread([this] { read_requests(); }).detach();
     while (std::optional<Job> job = next_job()) serve(*job);
-    reader.join();
+    _exit(0);  // the reader's thread still waits for the parent's end
   }
 
  private:
@@ -103,29 +117,39 @@ class Worker {
 
   // The reader's thread: parses, so that a cancel acts and a timeout counts while something computes.
   void read_requests() {
-    LineReader reader;
     std::string line;
     for (;;) {
-      const LineReader::Outcome outcome = reader.next(line);
-      if (outcome == LineReader::Outcome::kOrphaned) _exit(0);  // nobody is left to answer to
-      if (outcome == LineReader::Outcome::kEnd) break;
-      if (outcome == LineReader::Outcome::kTooLong) {
-        send_error("", "invalid_request", "", "a line has at most " + std::to_string(kMaxLineBytes) + " bytes");
-        continue;
-      }
-      if (line.find_first_not_of(" \t\r") == std::string::npos) continue;
-      std::string id;
-      try {
-        accept(parse_request(line, engine_.tokenizer, Clock::now(), id));
-      } catch (const RequestError& e) {
-        send_error(id, e.code, e.field, e.what());
-      } catch (const std::bad_alloc&) {
-        send_error(id, "internal", "", "not enough memory for the request");
+      switch (input_.next(line, end_queued())) {
+        case Input::Outcome::kLine:
+          if (line.find_first_not_of(" \t\r") != std::string::npos) read_request(line);
+          break;
+        case Input::Outcome::kTooLong:
+          send(
+              error_event("", "invalid_request", "", "a line has at most " + std::to_string(kMaxLineBytes) + " bytes"));
+          break;
+        case Input::Outcome::kTimeout:
+          break;
+        case Input::Outcome::kClosed: {
+          const std::lock_guard lock(mutex_);
+          closed_ = true;
+          changed_.notify_all();
+          break;
+        }
+        case Input::Outcome::kGone:
+          _exit(0);  // nobody is left to answer to
       }
     }
-    const std::lock_guard lock(mutex_);
-    closed_ = true;
-    changed_.notify_all();
+  }
+
+  void read_request(const std::string& line) {
+    std::string id;
+    try {
+      accept(parse_request(line, engine_.tokenizer, Clock::now(), id));
+    } catch (const RequestError& e) {
+      send(error_event(id, e.code, e.field, e.what()));
+    } catch (const std::bad_alloc&) {
+      send(error_event(id, "internal", "", "not enough memory for the request"));
+    }
   }
 
   void accept(Request request) {
@@ -138,6 +162,33 @@ class Worker {
     if (!is_new) throw RequestError("invalid_request", "id", "id: a request of this id is still being served");
     jobs_.push_back({std::move(request), it->second});
     changed_.notify_all();
+  }
+
+  // Answers the queued completions that are over before they began, cancelled or past their deadline: they need not
+  // wait for the one that runs. Gives back the next deadline in the queue.
+  std::optional<Clock::time_point> end_queued() {
+    std::vector<Json> events;
+    std::optional<Clock::time_point> next;
+    {
+      const std::lock_guard lock(mutex_);
+      std::erase_if(jobs_, [&](const Job& job) {
+        const auto* request = std::get_if<CompletionRequest>(&job.request.body);
+        if (!request) return false;
+        const std::optional<Clock::time_point>& deadline = request->completion.deadline;
+        const bool late = deadline && Clock::now() >= *deadline;
+        if (!late && !*job.cancelled) {
+          if (deadline) next = next ? std::min(*next, *deadline) : *deadline;
+          return false;
+        }
+        CompletionResult nothing;
+        nothing.stop_type = *job.cancelled ? StopType::kCancelled : StopType::kDeadline;
+        events.push_back(done_event(job.request.id, *request, nothing));
+        live_.erase(job.request.id);
+        return true;
+      });
+    }
+    for (const Json& event : events) send(event);
+    return next;
   }
 
   std::optional<Job> next_job() {
@@ -187,19 +238,7 @@ class Worker {
     };
     const CompletionResult r = session_.complete(completion, request.stream ? on_piece : Session::OnPiece(),
                                                  [&] { return cancelled.load(std::memory_order_relaxed); });
-    const size_t n_computed = r.n_prompt - r.n_cached;
-    return {{"event", "done"},
-            {"id", id},
-            {"content", r.content},
-            {"tokens", r.tokens},
-            {"stop_type", name_of(r.stop_type)},
-            {"stopping_word", r.stopping_word},
-            {"tokens_predicted", r.tokens.size()},
-            {"tokens_evaluated", r.n_prompt},
-            {"tokens_cached", r.n_cached},
-            {"truncated", r.truncated},
-            {"seed", completion.sampling.seed},
-            {"timings", timings(n_computed, r.prompt_ms, r.tokens.size(), r.predicted_ms)}};
+    return done_event(id, request, r);
   }
 
   Json answer(const std::string& id, const TokenizeRequest& request, const std::atomic<bool>&) {
@@ -238,6 +277,21 @@ class Worker {
             {"version", kVersion}};
   }
 
+  static Json done_event(const std::string& id, const CompletionRequest& request, const CompletionResult& r) {
+    return {{"event", "done"},
+            {"id", id},
+            {"content", r.content},
+            {"tokens", r.tokens},
+            {"stop_type", name_of(r.stop_type)},
+            {"stopping_word", r.stopping_word},
+            {"tokens_predicted", r.tokens.size()},
+            {"tokens_evaluated", r.n_prompt},
+            {"tokens_cached", r.n_cached},
+            {"truncated", r.truncated},
+            {"seed", request.completion.sampling.seed},
+            {"timings", timings(r.n_prompt - r.n_cached, r.prompt_ms, r.tokens.size(), r.predicted_ms)}};
+  }
+
   static Json error_event(const std::string& id, const std::string& code, const std::string& field,
                           const std::string& message) {
     return {{"event", "error"},
@@ -246,24 +300,25 @@ class Worker {
             {"field", field.empty() ? Json() : Json(field)},
             {"message", message}};
   }
-  void send_error(const std::string& id, const std::string& code, const std::string& field,
-                  const std::string& message) {
-    send(error_event(id, code, field, message));
-  }
-
   void send(const Json& event) {
     const std::string line = event.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
     const std::lock_guard lock(output_);
     for (size_t done = 0; done < line.size();) {
       const ssize_t n = write(STDOUT_FILENO, line.data() + done, line.size() - done);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) _exit(0);  // the reader of the events is gone
-      done += static_cast<size_t>(n);
+      if (n >= 0) {
+        done += static_cast<size_t>(n);
+      } else if (errno == EAGAIN) {  // the pipe is full and somebody made it non-blocking
+        pollfd wait = {STDOUT_FILENO, POLLOUT, 0};
+        poll(&wait, 1, -1);
+      } else if (errno != EINTR) {
+        _exit(0);  // the reader of the events is gone
+      }
     }
   }
 
   Engine& engine_;
   Session session_;
+  Input& input_;  // the reader's thread has it
   std::mutex output_;
   std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;
@@ -274,6 +329,14 @@ class Worker {
 
 }  // namespace
 
-void run_worker(Engine& engine, double load_ms) { Worker(engine).run(load_ms); }
+void run_worker(const EngineOptions& options) {
+  const Clock::time_point start = Clock::now();
+  Input input;  // from here on the parent's end is seen
+  Engine engine(options);
+  std::signal(SIGPIPE, SIG_IGN);
+  std::signal(SIGTERM, end_process);
+  std::signal(SIGINT, end_process);
+  Worker(engine, input).run(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
+}
 
 }  // namespace bitnet

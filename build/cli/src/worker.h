@@ -5,8 +5,8 @@
 
 namespace bitnet {
 
-// Serves until standard input closes (after the requests already read) or the parent process dies. `load_ms` goes into
-// the ready event.
-void run_worker(Engine& engine, double load_ms);
+// Loads the model and serves until standard input closes (after the requests already read), or until the parent process
+// or the reader of standard output is gone; then the process ends. Throws what Engine does.
+[[noreturn]] void run_worker(const EngineOptions& options);
 
 }  // namespace bitnet

@@ -42,7 +42,8 @@ std::vector<float> all_logits(const EngineOptions& o) {
     std::vector<BatchToken> batch;
     for (size_t i = done; i < ids.size() && batch.size() < o.batch_size; i++)
       batch.push_back({ids[i], static_cast<uint32_t>(i), &cache, true});
-    engine.transformer.forward(batch, &logits[done * n_vocab]);
+    engine.transformer.forward(batch);
+    engine.transformer.logits(&logits[done * n_vocab]);
     done += batch.size();
   }
   return logits;
@@ -78,7 +79,9 @@ TEST_CASE("sequences in one batch do not touch each other") {
   const auto alone = [&](const std::vector<TokenId>& ids) {
     Session session(engine);
     session.evaluate(ids);
-    return std::vector<float>(session.logits().begin(), session.logits().end());
+    std::vector<float> logits(n_vocab);
+    engine.transformer.logits(logits.data());
+    return logits;
   };
   KvCache cache_a(engine.config(), engine.n_ctx, engine.kv_type),
       cache_b(engine.config(), engine.n_ctx, engine.kv_type);
@@ -88,7 +91,8 @@ TEST_CASE("sequences in one batch do not touch each other") {
     if (i < b.size()) batch.push_back({b[i], static_cast<uint32_t>(i), &cache_b, i + 1 == b.size()});
   }
   std::vector<float> logits(2 * n_vocab);
-  engine.transformer.forward(batch, logits.data());
+  engine.transformer.forward(batch);
+  engine.transformer.logits(logits.data());
   CHECK(same_bits(std::vector<float>(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(n_vocab)), alone(b)));
   CHECK(same_bits(std::vector<float>(logits.begin() + static_cast<std::ptrdiff_t>(n_vocab), logits.end()), alone(a)));
 }

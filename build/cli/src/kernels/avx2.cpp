@@ -91,6 +91,7 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   for (; r < w.rows; r++) row_group<1>(w, r, x, out, out_stride);
 }
 
+#include "expand_trits.h"
 #include "ternary_lut.h"
 
 }  // namespace avx2
@@ -100,6 +101,7 @@ const Kernels kAvx2Kernels = {
     .rms_norm = avx2::rms_norm,
     .quantize = avx2::quantize,
     .ternary_matmul = avx2::ternary_matmul,
+    .expand_trits = avx2::expand_trits,
     .lut_lanes = avx2::kLutLanes,
     .lut_min_tokens = 9,
     .ternary_lut = avx2::ternary_lut,
@@ -111,6 +113,7 @@ const Kernels kAvx2Kernels = {
     .store_key = avx2::store_key,
     .store_value = avx2::store_value,
     .attention = avx2::attention,
+    .screen_rows = avx2::screen_rows,
     .dot_rows = avx2::dot_rows,
 };
 

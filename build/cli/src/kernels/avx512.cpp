@@ -99,6 +99,7 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   for (; r < w.rows; r++) one_row(w, r, x, out, out_stride);
 }
 
+#include "expand_trits.h"
 #include "ternary_lut.h"
 
 }  // namespace avx512
@@ -108,6 +109,7 @@ const Kernels kAvx512Kernels = {
     .rms_norm = avx512::rms_norm,
     .quantize = avx512::quantize,
     .ternary_matmul = avx512::ternary_matmul,
+    .expand_trits = avx512::expand_trits,
     .lut_lanes = avx512::kLutLanes,
     .lut_min_tokens = 24,
     .ternary_lut = avx512::ternary_lut,
@@ -119,6 +121,7 @@ const Kernels kAvx512Kernels = {
     .store_key = avx512::store_key,
     .store_value = avx512::store_value,
     .attention = avx512::attention,
+    .screen_rows = avx512::screen_rows,
     .dot_rows = avx512::dot_rows,
 };
 

@@ -187,23 +187,46 @@ void attention(const float* queries, size_t n_heads, const AttentionSpan& span, 
 
 // Sixteen weights of a row from element i on.
 template <RowType type>
-inline F32x16 load_weights(const uint8_t* row, size_t i) {
+inline F32x16 load_weights(const uint8_t* row, const uint8_t* low, size_t cols, size_t i) {
   if constexpr (type == RowType::kF32) return load(reinterpret_cast<const float*>(row) + i);
   if constexpr (type == RowType::kF16) return load_half(reinterpret_cast<const uint16_t*>(row) + i);
   if constexpr (type == RowType::kBF16) return load_bfloat(reinterpret_cast<const uint16_t*>(row) + i);
-  const uint8_t* block = row + i / 32 * 34;  // Q8_0: an f16 scale, then 32 int8
   uint16_t scale;
-  __builtin_memcpy(&scale, block, 2);
-  return mul(set1(half_to_float(scale)), load_int8(reinterpret_cast<const int8_t*>(block + 2 + i % 32)));
+  if constexpr (type == RowType::kQ8_0) {  // an f16 scale, then 32 int8
+    const uint8_t* block = row + i / 32 * 34;
+    __builtin_memcpy(&scale, block, 2);
+    return mul(set1(half_to_float(scale)), load_int8(reinterpret_cast<const int8_t*>(block + 2 + i % 32)));
+  }
+  __builtin_memcpy(&scale, row + i / kScaleBlock * 2, 2);
+  const uint8_t* high = row + cols / kScaleBlock * 2 + i / 64 * 32 + i % 32;
+  const unsigned high_shift = i / 32 % 2 * 4;
+  int8_t numbers[16];
+  if constexpr (type == RowType::kSplit8) {
+    low += i / 64 * 32 + i % 32;
+    for (int j = 0; j < 16; j++)
+      numbers[j] = static_cast<int8_t>(((high[j] >> high_shift & 15) << 4 | (low[j] >> high_shift & 15)) - 128);
+  } else {
+    low += i / 128 * 32 + i % 32;
+    const unsigned low_shift = i / 32 % 4 * 2;
+    for (int j = 0; j < 16; j++)
+      numbers[j] = static_cast<int8_t>(((high[j] >> high_shift & 15) << 2 | (low[j] >> low_shift & 3)) - 32);
+  }
+  return mul(set1(half_to_float(scale)), load_int8(numbers));
 }
 
 template <RowType type, int R>
-inline void dot_group(const uint8_t* rows, size_t stride, size_t cols, const float* x, float* out) {
+inline void dot_group(const FloatRows& w, size_t first, const float* x, float* out) {
+  const size_t stride = row_bytes(type, w.cols), low_stride = low_row_bytes(type, w.cols);
+  const uint8_t* data = w.data + first * stride;
+  const uint8_t* low = w.low + first * low_stride;
   F32x16 acc[R];
   for (int r = 0; r < R; r++) acc[r] = zero();
-  for (size_t i = 0; i < cols; i += kLanes) {
+  for (size_t i = 0; i < w.cols; i += kLanes) {
     const F32x16 v = load(x + i);
-    for (int r = 0; r < R; r++) acc[r] = fma(load_weights<type>(rows + static_cast<size_t>(r) * stride, i), v, acc[r]);
+    for (int r = 0; r < R; r++)
+      acc[r] = fma(load_weights<type>(data + static_cast<size_t>(r) * stride, low + static_cast<size_t>(r) * low_stride,
+                                      w.cols, i),
+                   v, acc[r]);
   }
   for (int r = 0; r < R; r++) out[r] = sum(acc[r]);
 }
@@ -211,15 +234,36 @@ inline void dot_group(const uint8_t* rows, size_t stride, size_t cols, const flo
 template <RowType type>
 inline void dot_all(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
   constexpr int kGroup = 4;
-  const size_t stride = row_bytes(type, w.cols);
-  const uint8_t* data = static_cast<const uint8_t*>(w.data);
   size_t r = 0;
   for (; r + kGroup <= w.rows; r += kGroup)
-    for (size_t t = 0; t < n_tokens; t++)
-      dot_group<type, kGroup>(data + r * stride, stride, w.cols, x + t * w.cols, out + t * out_stride + r);
+    for (size_t t = 0; t < n_tokens; t++) dot_group<type, kGroup>(w, r, x + t * w.cols, out + t * out_stride + r);
   for (; r < w.rows; r++)
-    for (size_t t = 0; t < n_tokens; t++)
-      dot_group<type, 1>(data + r * stride, stride, w.cols, x + t * w.cols, out + t * out_stride + r);
+    for (size_t t = 0; t < n_tokens; t++) dot_group<type, 1>(w, r, x + t * w.cols, out + t * out_stride + r);
+}
+
+void screen_rows(const FloatRows& w, const Screen& x, float* estimates, float* deviations) {
+  const size_t n_blocks = w.cols / kScaleBlock, stride = row_bytes(w.type, w.cols);
+  alignas(64) float scales[kMaxScreenBlocks];
+  for (size_t b = n_blocks / kLanes * kLanes; b < (n_blocks + kLanes - 1) / kLanes * kLanes; b++) scales[b] = 0.0f;
+  for (size_t r = 0; r < w.rows; r++) {
+    const uint8_t* row = w.data + r * stride;
+    const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
+    size_t b = 0;
+    for (; b + kLanes <= n_blocks; b += kLanes) store(scales + b, load_half(halves + b));
+    for (; b < n_blocks; b++) scales[b] = half_to_float(halves[b]);
+    F32x16 correction = zero(), variance = zero();
+    for (b = 0; b < n_blocks; b += kLanes) {
+      const F32x16 scale = load(scales + b);
+      correction = fma(scale, load(x.corrections + b), correction);
+      variance = fma(mul(scale, scale), load(x.variances + b), variance);
+    }
+    const uint8_t* nibbles = row + n_blocks * sizeof(uint16_t);
+    F32x16 acc = zero();
+    for (b = 0; b < n_blocks; b += 2)  // lanes 0–7 take the even block, lanes 8–15 the odd one
+      acc = fma(nibble_dots(nibbles + b * 16, x.values + b * kScaleBlock), set_halves(scales[b], scales[b + 1]), acc);
+    estimates[r] = (sum(acc) - sum(correction)) * x.unit;
+    deviations[r] = __builtin_sqrtf(sum(variance));
+  }
 }
 
 // Q6_K: 256 weights in 210 bytes: 128 low nibbles' bytes, 64 bytes of high bit pairs, 16 int8 scales, an f16 scale
@@ -248,7 +292,7 @@ inline void dot_q6_k(const FloatRows& w, const float* x, size_t n_tokens, float*
   for (size_t r = 0; r < w.rows; r++)
     for (size_t t0 = 0; t0 < n_tokens; t0 += kGroup) {
       const size_t n = n_tokens - t0 < kGroup ? n_tokens - t0 : kGroup;
-      const uint8_t* row = static_cast<const uint8_t*>(w.data) + r * stride;
+      const uint8_t* row = w.data + r * stride;
       F32x16 acc[kGroup] = {zero(), zero(), zero(), zero()};
       for (size_t i = 0; i < w.cols; i += kBlock) {
         float weights[kBlock];
@@ -273,5 +317,9 @@ void dot_rows(const FloatRows& w, const float* x, size_t n_tokens, float* out, s
       return dot_all<RowType::kQ8_0>(w, x, n_tokens, out, out_stride);
     case RowType::kQ6_K:
       return dot_q6_k(w, x, n_tokens, out, out_stride);
+    case RowType::kSplit8:
+      return dot_all<RowType::kSplit8>(w, x, n_tokens, out, out_stride);
+    case RowType::kSplit6:
+      return dot_all<RowType::kSplit6>(w, x, n_tokens, out, out_stride);
   }
 }

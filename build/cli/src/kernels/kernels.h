@@ -20,7 +20,14 @@ inline constexpr size_t kPositionsPerBlock = 16;  // positions that lie side by 
 
 enum class Isa { kScalar, kAvx2, kAvx512 };
 enum class CacheType { kF16, kF32 };
-enum class RowType { kF32, kF16, kBF16, kQ8_0, kQ6_K };  // how a row of the output matrix is stored
+
+// How a row of the output matrix is stored. The split types keep whole numbers of 8 or 6 bits with a scale for each
+// block of 32, in two planes: `data` has the scales (f16, one a block) and the numbers' upper four bits, `low` the
+// rest. Read alone, the upper plane tells which rows can matter. 64 numbers of four bits take 32 bytes, the first 32 in
+// the lower nibbles; 128 numbers of two bits likewise.
+enum class RowType { kF32, kF16, kBF16, kQ8_0, kQ6_K, kSplit8, kSplit6 };
+inline constexpr size_t kScaleBlock = 32;         // weights that share a scale in the split types
+inline constexpr size_t kMaxScreenBlocks = 1024;  // of a row that screen_rows takes
 
 std::string_view name_of(Isa isa);
 std::string_view name_of(CacheType type);
@@ -42,9 +49,20 @@ struct Activations {
 // A run of rows of the output matrix.
 struct FloatRows {
   RowType type;
-  const void* data;  // (rows, row_bytes(type, cols))
+  const uint8_t* data;  // (rows, row_bytes(type, cols))
+  const uint8_t* low;   // (rows, low_row_bytes(type, cols)); split types only
   size_t rows;
   size_t cols;
+
+  FloatRows slice(size_t first, size_t count) const;
+};
+
+// What screen_rows knows of the vector that the rows of a split matrix are multiplied with; made by prepare_screen.
+struct Screen {
+  const int8_t* values;      // (cols): quantised
+  const float* corrections;  // (blocks, rounded up to kLanes): what the middle of the lower bits and the zero point add
+  const float* variances;    // (blocks, rounded up to kLanes): of the error of a block with scale 1
+  float unit;                // of one count of the upper plane
 };
 
 // Keys and values of one layer and one kv head. Keys lie in blocks of 16 positions, (n_ctx / 16, head_dim, 16), so that
@@ -68,6 +86,11 @@ struct Kernels {
 
   // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly.
   void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
+
+  // Five trits in a byte → 2-bit codes of I2_S: each unit of 128 bytes gives 160. The bytes of a unit are four rows of
+  // 32, and so are the first four of its five blocks of codes: byte p of row i is the block's byte p as a number of
+  // base 3, plus 81 times code i of the fifth block's byte p.
+  void (*expand_trits)(const uint8_t* packed, size_t units, uint8_t* codes);
 
   // The same product for many tokens by vector look-up, dequantised: out[t · out_stride + r] = float(Σ) /
   // activation_scales[t] · weight_scale. x holds one tile of tokens as transpose_tile writes it, values within ±127;
@@ -100,6 +123,10 @@ struct Kernels {
   // head_dim), scratch holds n_heads · (n_positions rounded up to 16) floats.
   void (*attention)(const float* queries, size_t n_heads, const AttentionSpan& span, float* scratch, float* out);
 
+  // For rows of a split type, from their upper plane alone: estimates[r] ≈ Σᵢ w.rows[r][i] · x[i], and the standard
+  // deviation of the error for lower bits that are independent of x.
+  void (*screen_rows)(const FloatRows& w, const Screen& x, float* estimates, float* deviations);
+
   // out[t · out_stride + r] = Σᵢ w.rows[r][i] · x[t · cols + i], with the weights as decode_row gives them.
   void (*dot_rows)(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride);
 };
@@ -109,9 +136,10 @@ const Kernels& kernels_for(Isa isa);
 bool supported(Isa isa);
 Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA or F16C is missing
 
-// Bytes of one row of `cols` weights.
+// Bytes of one row of `cols` weights, in `data` and in `low`.
 size_t row_bytes(RowType type, size_t cols);
-void decode_row(RowType type, const void* row, size_t cols, float* out);
+size_t low_row_bytes(RowType type, size_t cols);
+void decode_row(const FloatRows& w, size_t row, float* out);  // (cols)
 
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;

@@ -82,6 +82,17 @@ inline float maximum(F32x16 a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+inline F32x16 set_halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
+inline __m256 dots_of_four(__m256i unsigned_bytes, const int8_t* x) {  // at most 15 · 127 · 2 in 16 bits
+  const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
+  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+inline F32x16 nibble_dots(const uint8_t* nibbles, const int8_t* x) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles)), mask = _mm256_set1_epi8(15);
+  return {dots_of_four(_mm256_and_si256(bytes, mask), x),
+          dots_of_four(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), x + 32)};
+}
+
 struct F64x16 {
   __m256d a, b, c, d;
 };

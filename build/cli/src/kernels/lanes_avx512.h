@@ -53,6 +53,17 @@ inline float maximum(F32x16 a) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
+inline F32x16 set_halves(float low, float high) {
+  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
+}
+inline F32x16 nibble_dots(const uint8_t* nibbles, const int8_t* x) {
+  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles));
+  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
+  const __m512i dots =
+      _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(both, _mm512_set1_epi8(15)), _mm512_loadu_si512(x));
+  return _mm512_cvtepi32_ps(dots);
+}
+
 struct F64x16 {
   __m512d lo, hi;
 };

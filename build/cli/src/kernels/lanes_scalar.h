@@ -90,6 +90,22 @@ inline float maximum(F32x16 a) {
   return tree(a, [](float x, float y) { return x > y ? x : y; });
 }
 
+inline F32x16 set_halves(float low, float high) {
+  return each([&](int i) { return i < 8 ? low : high; });
+}
+// 32 bytes of nibbles, the lower ones first, times 64 values: lane i has the sum of four products from the lower (i <
+// 8) or upper nibbles.
+inline F32x16 nibble_dots(const uint8_t* nibbles, const int8_t* x) {
+  return each([&](int i) {
+    int32_t total = 0;
+    for (int j = 0; j < 4; j++) {
+      const uint8_t byte = nibbles[i % 8 * 4 + j];
+      total += (i < 8 ? byte & 15 : byte >> 4) * x[i * 4 + j];
+    }
+    return static_cast<float>(total);
+  });
+}
+
 struct F64x16 {
   double v[16];
 };

@@ -29,6 +29,19 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
     }
 }
 
+void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
+  for (size_t u = 0; u < units; u++, packed += 128, codes += 160)
+    for (size_t p = 0; p < 32; p++) {
+      unsigned fifth = 0;
+      for (size_t i = 0; i < 4; i++) {
+        const unsigned v = packed[i * 32 + p], w = v % 81;
+        codes[i * 32 + p] = static_cast<uint8_t>(w / 27 << 6 | w / 9 % 3 << 4 | w / 3 % 3 << 2 | w % 3);
+        fifth = fifth << 2 | v / 81;
+      }
+      codes[128 + p] = static_cast<uint8_t>(fifth);
+    }
+}
+
 }  // namespace scalar
 
 const Kernels kScalarKernels = {
@@ -36,6 +49,7 @@ const Kernels kScalarKernels = {
     .rms_norm = scalar::rms_norm,
     .quantize = scalar::quantize,
     .ternary_matmul = scalar::ternary_matmul,
+    .expand_trits = scalar::expand_trits,
     .lut_lanes = 0,
     .lut_min_tokens = 0,
     .ternary_lut = nullptr,
@@ -47,6 +61,7 @@ const Kernels kScalarKernels = {
     .store_key = scalar::store_key,
     .store_value = scalar::store_value,
     .attention = scalar::attention,
+    .screen_rows = scalar::screen_rows,
     .dot_rows = scalar::dot_rows,
 };
 
@@ -61,30 +76,52 @@ size_t row_bytes(RowType type, size_t cols) {
       return cols / 32 * 34;
     case RowType::kQ6_K:
       return cols / 256 * 210;
+    case RowType::kSplit8:
+    case RowType::kSplit6:
+      return cols / kScaleBlock * 2 + cols / 2;
   }
   return 0;
 }
 
-void decode_row(RowType type, const void* row, size_t cols, float* out) {
-  const uint8_t* bytes = static_cast<const uint8_t*>(row);
-  if (type == RowType::kQ6_K) {
-    for (size_t i = 0; i < cols; i += 256) scalar::decode_q6_k(bytes + i / 256 * 210, out + i);
-    return;
+size_t low_row_bytes(RowType type, size_t cols) {
+  if (type == RowType::kSplit8) return cols / 2;
+  return type == RowType::kSplit6 ? cols / 4 : 0;
+}
+
+FloatRows FloatRows::slice(size_t first, size_t count) const {
+  return {type, data + first * row_bytes(type, cols), low + first * low_row_bytes(type, cols), count, cols};
+}
+
+namespace {
+
+template <RowType type>
+void decode(const FloatRows& w, size_t row, float* out) {
+  const FloatRows one = w.slice(row, 1);
+  for (size_t i = 0; i < w.cols; i += kLanes)
+    scalar::store(out + i, scalar::load_weights<type>(one.data, one.low, w.cols, i));
+}
+
+}  // namespace
+
+void decode_row(const FloatRows& w, size_t row, float* out) {
+  switch (w.type) {
+    case RowType::kF32:
+      return decode<RowType::kF32>(w, row, out);
+    case RowType::kF16:
+      return decode<RowType::kF16>(w, row, out);
+    case RowType::kBF16:
+      return decode<RowType::kBF16>(w, row, out);
+    case RowType::kQ8_0:
+      return decode<RowType::kQ8_0>(w, row, out);
+    case RowType::kSplit8:
+      return decode<RowType::kSplit8>(w, row, out);
+    case RowType::kSplit6:
+      return decode<RowType::kSplit6>(w, row, out);
+    case RowType::kQ6_K:
+      break;
   }
-  for (size_t i = 0; i < cols; i += kLanes) switch (type) {
-      case RowType::kF32:
-        scalar::store(out + i, scalar::load_weights<RowType::kF32>(bytes, i));
-        break;
-      case RowType::kF16:
-        scalar::store(out + i, scalar::load_weights<RowType::kF16>(bytes, i));
-        break;
-      case RowType::kBF16:
-        scalar::store(out + i, scalar::load_weights<RowType::kBF16>(bytes, i));
-        break;
-      default:
-        scalar::store(out + i, scalar::load_weights<RowType::kQ8_0>(bytes, i));
-        break;
-    }
+  const uint8_t* bytes = w.slice(row, 1).data;
+  for (size_t i = 0; i < w.cols; i += 256) scalar::decode_q6_k(bytes + i / 256 * 210, out + i);
 }
 
 }  // namespace bitnet
