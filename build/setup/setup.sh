@@ -12,7 +12,7 @@ fail() { say "$*"; exit 1; }
 packages=(g++ make cmake pkgconf libpcre2-dev zlib1g-dev nlohmann-json3-dev libcli11-dev)
 case "${1:-}" in
   run) lock=requirements/function.txt ;;
-  test) lock=requirements/dev.txt packages+=(doctest-dev qemu-user) ;;
+  test) lock=requirements/dev.txt packages+=(curl doctest-dev qemu-user) ;;
   *) fail "usage: build/setup/setup.sh run|test" ;;
 esac
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "the engine is built for Linux on x86-64, this is $(uname -sm)"

@@ -94,7 +94,9 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   for (; r + 8 <= w.rows; r += 8) {
     size_t t = 0;
     for (; t + 4 <= x.n_tokens; t += 4) tile8_and_store<4>(w, r, x, t, out, out_stride);
-    for (; t < x.n_tokens; t++) tile8_and_store<1>(w, r, x, t, out, out_stride);
+    if (x.n_tokens - t == 3) tile8_and_store<3>(w, r, x, t, out, out_stride);
+    if (x.n_tokens - t == 2) tile8_and_store<2>(w, r, x, t, out, out_stride);
+    if (x.n_tokens - t == 1) tile8_and_store<1>(w, r, x, t, out, out_stride);
   }
   for (; r < w.rows; r++) one_row(w, r, x, out, out_stride);
 }

@@ -1,0 +1,411 @@
+"""The native CLI as a child process: start, ask, stream, cancel, restart, stop. Protocol: docs/worker-protocol.md."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import subprocess
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Generator, Iterator, Mapping
+from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import closing, contextmanager, suppress
+from functools import partial
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from typing import TYPE_CHECKING, Any, Literal
+
+if TYPE_CHECKING:
+    from function.model_store import ModelStore
+    from function.settings import Settings
+
+logger = logging.getLogger("bitnet.engine")
+
+Event = dict[str, Any]  # an event of the protocol, decoded
+State = Literal["not_loaded", "loading", "ready"]
+
+LOG_LINES_KEPT = 20
+LOG_LINE_CHARACTERS = 2000
+STOPPING = "the server is stopping"
+EXIT_GRACE_S = 0.15  # from SIGTERM to SIGKILL; Lambda gives the whole environment 300 ms
+
+
+class EngineError(Exception):
+    """No answer from the engine: one line for the user, a stable `code`, and whether trying again may help."""
+
+    code = "engine_failed"
+    transient = False
+
+
+class StartError(EngineError):
+    """The engine ended before it was ready; the message is its own last line."""
+
+    code = "engine_start_failed"
+
+
+class DiedError(EngineError):
+    """The engine ended while it computed."""
+
+    code = "engine_died"
+
+
+class HungError(EngineError):
+    """The engine did not keep the deadline and was killed."""
+
+    code = "engine_hung"
+
+
+class BusyError(EngineError):
+    """The queue is full."""
+
+    code = "overloaded"
+    transient = True
+
+
+class LoadingError(EngineError):
+    """The deadline came before the model was loaded; loading goes on."""
+
+    code = "model_loading"
+    transient = True
+
+
+class StoppingError(EngineError):
+    """The engine is being stopped."""
+
+    code = "stopping"
+    transient = True
+
+
+class RefusedError(Exception):
+    """The engine refuses the request: `event` is its `error` event."""
+
+    def __init__(self, event: Event) -> None:
+        super().__init__(event["message"])
+        self.event = event
+
+
+class Cancellation:
+    """Lets whoever waits for an answer give it up, at any moment and from any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._action: Callable[[], None] | None = None
+
+    def cancel(self) -> None:
+        """Ends the computation within one token, now or when it begins."""
+        with self._lock:
+            self._cancelled = True
+            action = self._action
+        if action:
+            action()
+
+    def attach(self, action: Callable[[], None] | None) -> None:
+        """Sets what `cancel` does; does it at once if that was called before."""
+        with self._lock:
+            self._action = action
+            cancelled = self._cancelled
+        if cancelled and action:
+            action()
+
+
+class Engine:
+    """One worker process, started on the first need, kept, and replaced if it dies. Any thread may use it."""
+
+    def __init__(self, settings: Settings, store: ModelStore) -> None:
+        self._settings = settings
+        self._store = store
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._loaded: Future[_Worker] | None = None
+        self._worker: _Worker | None = None  # set before it is ready, so that a signal handler finds the process
+        self._in_flight = 0
+
+    @property
+    def state(self) -> State:
+        """`loading` covers the copy of the model too; after a failure or a death it is `not_loaded` again."""
+        loaded = self._loaded
+        if loaded is None:
+            return "not_loaded"
+        if not loaded.done():
+            return "loading"
+        return "ready" if _usable(loaded) else "not_loaded"
+
+    @property
+    def model_name(self) -> str:
+        """`general.name` of the model. There is one once a completion has had an event."""
+        assert self._worker is not None
+        name: str = self._worker.ready.result()["model"]["name"]
+        return name
+
+    def load(self) -> Future[_Worker]:
+        """Begins to load the model unless that has been done; does not wait. The future holds the error if it fails."""
+        with self._lock:
+            if self._loaded is None or (self._loaded.done() and not _usable(self._loaded)):
+                self._loaded = Future()
+                if self._stop.is_set():
+                    self._loaded.set_exception(StoppingError(STOPPING))
+                else:
+                    threading.Thread(target=self._load, args=(self._loaded,), name="model-loader", daemon=True).start()
+            return self._loaded
+
+    def complete(
+        self, request: Mapping[str, Any], *, deadline: float | None = None, cancellation: Cancellation | None = None
+    ) -> Generator[Event]:
+        """Computes a completion: yields `token` events if `stream` is true, then `done`.
+
+        `request` has the fields of the protocol, `deadline` is a value of `time.monotonic()`: generation stops
+        `deadline_margin_ms` earlier. Closing the iterator cancels what is left to compute. A worker that dies is
+        replaced and asked again, once, if nothing has been yielded yet.
+
+        Raises:
+            RefusedError: the engine does not take the request.
+            ModelError: there is no model.
+            EngineError: there is no engine.
+        """
+        cancellation = cancellation or Cancellation()
+        with self._admitted():
+            for may_retry in (True, False):
+                worker = self._ready_worker(deadline)
+                timed = self._timed(request, deadline)
+                begun = False
+                try:
+                    with closing(worker.ask(timed, self._give_up_at(deadline), cancellation)) as events:
+                        for event in events:
+                            begun = True
+                            yield event
+                    return
+                except DiedError:
+                    if self._stop.is_set():
+                        raise StoppingError(STOPPING) from None
+                    if begun or not may_retry:
+                        raise
+                    logger.warning("the worker died before it answered; asking a new one")
+
+    def cancel_all(self) -> None:
+        """Ends every request, running and queued, within one token, and takes no new ones."""
+        self._stop.set()
+        if (loaded := self._loaded) is not None:
+            with suppress(InvalidStateError):  # whoever waits for the model
+                loaded.set_exception(StoppingError(STOPPING))
+        if (worker := self._worker) is not None:
+            worker.cancel_all()
+
+    def stop(self) -> None:
+        """Ends the child. Takes no lock, so that a signal handler may call it; returns within 300 ms."""
+        self._stop.set()
+        if (worker := self._worker) is not None:
+            worker.stop()
+
+    def _load(self, loaded: Future[_Worker]) -> None:
+        try:
+            began = time.monotonic()
+            path = self._store.fetch(self._stop)
+            self._worker = worker = _Worker(self._command(path))
+            if self._stop.is_set():
+                worker.stop()
+            ready = worker.ready.result()
+            load_ms = round((time.monotonic() - began) * 1e3)
+            details = {name: ready[name] for name in ("n_ctx", "threads", "isa", "version")}
+            logger.info("model ready", extra=details | {"load_ms": load_ms, "model_name": ready["model"]["name"]})
+        except BaseException as error:
+            with suppress(InvalidStateError):
+                loaded.set_exception(error)
+        else:
+            with suppress(InvalidStateError):
+                loaded.set_result(worker)
+
+    def _command(self, model: Path) -> list[str]:
+        settings = self._settings
+        command = [str(settings.bitnet_cli), "worker", "--model", str(model)]
+        command += ["--kv-type", settings.kv_type]
+        if settings.ctx_size:
+            command += ["--ctx-size", str(settings.ctx_size)]
+        if settings.threads:
+            command += ["--threads", str(settings.threads)]
+        return command
+
+    def _ready_worker(self, deadline: float | None) -> _Worker:
+        try:
+            give_up_at = self._give_up_at(deadline)
+            return self.load().result(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
+        except FutureTimeoutError:
+            raise LoadingError("the model is still being loaded; try again, or give the function more time") from None
+
+    def _timed(self, request: Mapping[str, Any], deadline: float | None) -> dict[str, Any]:
+        if deadline is None:
+            return dict(request)
+        left_ms = (deadline - time.monotonic()) * 1e3 - self._settings.deadline_margin_ms
+        return {**request, "timeout_ms": max(1, int(left_ms))}
+
+    def _give_up_at(self, deadline: float | None) -> float | None:
+        """Half of the margin is the worker's, to answer; the other half ours, to say that it did not."""
+        return None if deadline is None else deadline - self._settings.deadline_margin_ms / 2e3
+
+    @contextmanager
+    def _admitted(self) -> Iterator[None]:
+        with self._lock:
+            if self._stop.is_set():
+                raise StoppingError(STOPPING)
+            if self._in_flight > self._settings.queue_limit:
+                message = f"one request is being computed and {self._settings.queue_limit} are waiting (QUEUE_LIMIT)"
+                raise BusyError(message)
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+
+
+class _Worker:
+    """One process of `bitnet worker`."""
+
+    def __init__(self, command: list[str]) -> None:
+        self.ready: Future[Event] = Future()
+        self.dead = False
+        self._ids = itertools.count(1)
+        self._inboxes: dict[str, SimpleQueue[Event | None]] = {}
+        self._lock = threading.Lock()  # of _inboxes and dead
+        self._writing = threading.Lock()
+        self._log: deque[str] = deque(maxlen=LOG_LINES_KEPT)
+        pipe = subprocess.PIPE
+        try:
+            # Its own process group: a Ctrl-C in the terminal is for us, who then end it in order.
+            # No environment: it needs none, and ours holds credentials.
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, process_group=0)
+        except OSError as error:
+            raise StartError(f"cannot run {command[0]}: {error.strerror}") from error
+        logs = threading.Thread(target=self._drain_log, name="worker-log", daemon=True)
+        logs.start()
+        threading.Thread(target=self._dispatch, args=(logs,), name="worker-events", daemon=True).start()
+
+    def ask(self, request: Mapping[str, Any], give_up_at: float | None, cancellation: Cancellation) -> Generator[Event]:
+        """Sends a completion and yields its events; cancels it if the caller goes away."""
+        name = str(next(self._ids))
+        inbox: SimpleQueue[Event | None] = SimpleQueue()
+        with self._lock:
+            if self.dead:
+                raise DiedError("the engine has ended")
+            self._inboxes[name] = inbox
+        finished = False
+        try:
+            self._send({"op": "completion", "id": name, **request})
+            cancellation.attach(partial(self._cancel, name))
+            while not finished:
+                try:
+                    event = inbox.get(timeout=None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
+                except Empty:
+                    self._process.kill()
+                    raise HungError("the engine did not stop at the deadline and was ended") from None
+                if event is None:
+                    raise DiedError(f"the engine ended while it computed: {self._epitaph()}")
+                finished = event["event"] != "token"
+                if event["event"] == "error":
+                    raise RefusedError(event)
+                yield event
+        finally:
+            cancellation.attach(None)
+            with self._lock:
+                self._inboxes.pop(name, None)
+            if not finished:
+                self._cancel(name)
+
+    def cancel_all(self) -> None:
+        with self._lock:
+            names = list(reversed(self._inboxes))  # those in the queue first, so that none of them begins
+        for name in names:
+            self._cancel(name)
+
+    def stop(self) -> None:
+        """SIGTERM, at which the worker ends at once, then SIGKILL."""
+        self._process.terminate()
+        try:
+            self._process.wait(EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            with suppress(subprocess.TimeoutExpired):
+                self._process.wait(EXIT_GRACE_S)
+
+    def _cancel(self, name: str) -> None:
+        with suppress(DiedError):
+            self._send({"op": "cancel", "id": name})
+
+    def _send(self, message: Mapping[str, Any]) -> None:
+        line = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
+        stdin = self._process.stdin
+        assert stdin is not None
+        try:
+            with self._writing:
+                stdin.write(line)
+                stdin.flush()
+        except (OSError, ValueError) as error:  # ValueError: closed
+            self.dead = True  # now, for the next one who asks: _dispatch may take a moment to see it
+            self._process.kill()
+            raise DiedError("the engine has ended") from error
+
+    def _dispatch(self, logs: threading.Thread) -> None:
+        """Hands events to those who asked, until the worker ends; then says so to all of them."""
+        stdout = self._process.stdout
+        assert stdout is not None
+        with stdout:
+            for line in stdout:
+                try:
+                    event = json.loads(line)
+                    self._deliver(event)
+                except (ValueError, KeyError, TypeError, AttributeError):
+                    logger.error("the worker wrote a line that is no event; ending it")
+                    break
+        try:
+            self._process.wait(EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+        logs.join()
+        with self._lock:
+            self.dead = True
+            inboxes = list(self._inboxes.values())
+        if not self.ready.done():
+            self.ready.set_exception(StartError(self._epitaph()))
+        logger.log(
+            logging.INFO if self._process.returncode in (0, -15) else logging.ERROR,
+            "worker ended",
+            extra={"exit_code": self._process.returncode, "last_line": self._log[-1] if self._log else None},
+        )
+        for inbox in inboxes:
+            inbox.put(None)
+        with self._writing, suppress(OSError):
+            self._process.stdin.close()  # type: ignore[union-attr]
+
+    def _deliver(self, event: Event) -> None:
+        if event["event"] == "ready":
+            self.ready.set_result(event)
+            return
+        if event["id"] is None:
+            logger.error("the worker refused a line", extra={"error_code": event["code"]})
+            return
+        with self._lock:
+            inbox = self._inboxes.get(event["id"])
+        if inbox is not None:  # else its caller has gone away
+            inbox.put(event)
+
+    def _drain_log(self) -> None:
+        stderr = self._process.stderr
+        assert stderr is not None
+        with stderr:
+            for raw in stderr:
+                line = raw.decode(errors="replace").rstrip()[:LOG_LINE_CHARACTERS]
+                self._log.append(line)
+                logger.debug("worker", extra={"line": line})
+
+    def _epitaph(self) -> str:
+        code = self._process.returncode
+        how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
+        return f"{self._log[-1].removeprefix('bitnet: ')} ({how})" if self._log else how
+
+
+def _usable(loaded: Future[_Worker]) -> bool:
+    return loaded.exception() is None and not loaded.result().dead

@@ -1,0 +1,77 @@
+"""The front door: one event in, one response out."""
+
+from __future__ import annotations
+
+import functools
+import logging
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from aws_lambda_powertools import Logger
+
+from function.api import Api, Call
+from function.engine import Engine
+from function.model_store import ModelStore
+from function.settings import Settings
+
+
+class LambdaContext(Protocol):
+    """What is used of Lambda's context."""
+
+    aws_request_id: str
+
+    def get_remaining_time_in_millis(self) -> int:
+        """Milliseconds until the function is killed."""
+
+
+@dataclass(frozen=True)
+class Application:
+    """What an execution environment keeps between invocations."""
+
+    settings: Settings
+    engine: Engine
+    api: Api
+
+
+@functools.cache
+def application() -> Application:
+    """Puts the parts together on the first need. Nothing is loaded yet.
+
+    Raises:
+        SettingsError: an environment variable cannot be used.
+    """
+    settings = Settings.from_environment()
+    Logger(service="bitnet", level=settings.log_level, utc=True)  # the parent of all loggers here
+    logging.getLogger("bitnet").propagate = False  # awslambdaric's own handler would say everything again
+    engine = Engine(settings, ModelStore(settings))
+    return Application(settings, engine, Api(settings, engine))
+
+
+def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any]:
+    """What Lambda calls, with a Function URL's request or a direct invocation. A stream is answered in one piece."""
+    deadline = time.monotonic() + context.get_remaining_time_in_millis() / 1e3
+    call = Call(context.aws_request_id, deadline)
+    api = application().api
+    if not is_function_url(event):
+        return api.invoke(event, call)
+    reply = api.http(event, call)
+    if not isinstance(reply["body"], str):
+        reply["body"] = "".join(reply["body"])
+    return reply
+
+
+def is_function_url(event: Any) -> bool:
+    """Whether `event` is an HTTP request of payload version 2.0; everything else was invoked directly.
+
+    https://docs.aws.amazon.com/lambda/latest/dg/urls-invocation.html#urls-payloads
+    """
+    match event:
+        case {
+            "version": "2.0",
+            "rawPath": str(),
+            "requestContext": {"stage": str(), "http": {"method": str(), "path": str()}},
+        }:
+            return True
+    return False

@@ -1,0 +1,386 @@
+"""The local server, as a process of its own, over real HTTP."""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import pytest
+
+from function.settings import ROOT
+from tests.processes import alive, engines, eventually, processor_ticks
+from tests.s3 import S3, Request
+
+pytestmark = pytest.mark.usefixtures("engine_path")
+
+TALE = {"prompt": "Once upon a time", "n_predict": 12, "temperature": 0}
+TEXT = " there lived a king who had a son who had three sons"
+ENDLESS = {"prompt": "Once upon a time", "n_predict": -1, "ignore_eos": True}
+CANARY = "xylophonist"
+
+
+class Server:
+    """`python -m function.local` on a free port, with these settings."""
+
+    def __init__(self, log: Path, **settings: object) -> None:
+        self._log = log
+        self._settings = {name: str(value) for name, value in settings.items()}
+
+    def __enter__(self) -> Self:
+        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
+        with self._log.open("w") as log:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "function.local"],
+                cwd=ROOT,
+                env=environment | {"PORT": "0"} | self._settings,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        eventually(lambda: self._address() or self.process.poll() is not None)
+        if address := self._address():
+            self.port = int(address[1])
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.process.kill()
+        self.process.wait()
+        print(self.log())
+
+    def _address(self) -> re.Match[str] | None:
+        return re.search(r"http://127\.0\.0\.1:(\d+)", self.log())
+
+    def log(self) -> str:
+        return self._log.read_text()
+
+    def connect(self) -> http.client.HTTPConnection:
+        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
+
+    def request(
+        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
+    ) -> tuple[http.client.HTTPResponse, bytes]:
+        with closing(self.connect()) as connection:
+            connection.request(method, path, body, headers or {})
+            response = connection.getresponse()
+            return response, response.read()
+
+    def post(self, request: Any) -> tuple[int, dict[str, Any]]:
+        response, body = self.request("POST", "/completion", json.dumps(request).encode())
+        assert response.getheader("content-type") == "application/json"
+        return response.status, json.loads(body)
+
+    def health(self) -> tuple[int, dict[str, Any]]:
+        response, body = self.request("GET", "/health")
+        return response.status, json.loads(body)
+
+    @contextmanager
+    def stream(self, request: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
+        """The events of a stream, as they come; the connection breaks at the end of the block."""
+        with closing(self.connect()) as connection:
+            connection.request("POST", "/completion", json.dumps(request | {"stream": True}))
+            response = connection.getresponse()
+            assert response.status == 200
+            assert response.getheader("content-type") == "text/event-stream; charset=utf-8"
+            yield _events(response)
+            response.close()
+
+    def end(self, number: signal.Signals) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(60)
+
+    @property
+    def engine(self) -> int:
+        (pid,) = engines(self.process.pid)
+        return pid
+
+
+def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
+    while line := response.readline():
+        assert line.startswith(b"data: ")
+        assert response.readline() == b"\n"
+        yield json.loads(line.removeprefix(b"data: "))
+
+
+@pytest.fixture
+def log(tmp_path: Path) -> Path:
+    return tmp_path / "server.log"
+
+
+@pytest.fixture
+def server(log: Path) -> Iterator[Server]:
+    with Server(log) as server:
+        eventually(lambda: server.health()[0] == 200)
+        yield server
+
+
+@pytest.fixture
+def endless(log: Path, endless_model: Path) -> Iterator[Server]:
+    """A server whose completions can take a minute."""
+    with Server(log, MODEL_PATH=endless_model, CTX_SIZE=32_768, QUEUE_LIMIT=1) as server:
+        eventually(lambda: server.health()[0] == 200)
+        yield server
+
+
+def test_an_answer_in_json(server: Server) -> None:
+    status, body = server.post(TALE)
+    assert (status, body["content"], body["stop_type"]) == (200, TEXT, "limit")
+
+
+def test_curl_needs_no_headers(server: Server) -> None:
+    command = ["curl", "--silent", "--fail", "-X", "POST", f"http://127.0.0.1:{server.port}/completion"]
+    result = subprocess.run([*command, "-d", json.dumps(TALE)], capture_output=True, check=True)
+    assert json.loads(result.stdout)["content"] == TEXT
+
+
+def test_a_stream_token_by_token(endless: Server) -> None:
+    with endless.stream(ENDLESS) as events:
+        assert [next(events)["stop"] for _ in range(3)] == [False] * 3
+        assert endless.health() == (200, {"status": "ok", "model": "ready"})
+        assert next(events)["stop"] is False
+    with endless.stream(TALE) as events:
+        *tokens, last = events
+        assert "".join(token["content"] for token in tokens) == TEXT
+        assert len(tokens) == 12
+        assert (last["stop"], last["content"], last["tokens_predicted"]) == (True, "", 12)
+
+
+def test_who_hangs_up_on_a_stream_cancels_it(endless: Server) -> None:
+    with endless.stream(ENDLESS) as events:
+        next(events)
+    assert endless.post(TALE)[1]["content"] == TEXT
+    eventually(lambda: '"stop_type":"cancelled"' in endless.log())
+
+
+def test_who_hangs_up_on_an_answer_cancels_it(endless: Server) -> None:
+    connection = endless.connect()
+    connection.request("POST", "/completion", json.dumps(ENDLESS))
+    eventually(lambda: processor_ticks(endless.engine) > 20)  # it computes
+    connection.close()
+    assert endless.post(TALE)[1]["content"] == TEXT
+    assert '"stop_type":"cancelled"' in endless.log()
+
+
+def test_who_hangs_up_in_the_queue_leaves_it(endless: Server) -> None:
+    with endless.stream(ENDLESS) as events:
+        next(events)
+        waiting = endless.connect()
+        waiting.request("POST", "/completion", json.dumps(TALE))
+        eventually(lambda: endless.post({"prompt": ""})[0] == 503)  # the queue is full
+        waiting.close()
+        for _ in range(2000):  # tokens of the one that runs
+            next(events)
+        assert '"stop_type":"cancelled"' in endless.log()
+    assert endless.post(TALE)[0] == 200
+
+
+def test_a_request_that_breaks_off_is_forgotten(server: Server) -> None:
+    with socket.create_connection(("127.0.0.1", server.port)) as connection:
+        connection.sendall(b'POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"prompt":"a"}')
+    assert server.post(TALE)[0] == 200
+    assert server.log().count('"route":"/completion"') == 1
+
+
+def test_the_queue_has_a_limit(endless: Server) -> None:
+    with endless.stream(ENDLESS) as events, ThreadPoolExecutor(1) as thread:
+        next(events)
+        waiting = thread.submit(endless.post, TALE)
+        refused: list[tuple[http.client.HTTPResponse, bytes]] = []
+
+        def full() -> bool:
+            refused.append(endless.request("POST", "/completion", b'{"prompt":"","n_predict":0}'))
+            return refused[-1][0].status == 503
+
+        with ThreadPoolExecutor(1) as asking:
+            asking.submit(eventually, full).result()
+        response, body = refused[-1]
+        assert response.getheader("retry-after") == "1"
+        assert json.loads(body)["error"]["code"] == "overloaded"
+        assert not waiting.done()
+        assert endless.health()[0] == 200
+        endless.process.send_signal(signal.SIGTERM)
+        assert waiting.result()[1]["stop_type"] == "cancelled"
+
+
+def test_many_clients_are_served_one_after_another(log: Path) -> None:
+    with Server(log, QUEUE_LIMIT=16) as server, ThreadPoolExecutor(16) as clients:
+        answers = list(clients.map(server.post, [TALE | {"seed": n} for n in range(32)]))
+    assert {(status, body["content"]) for status, body in answers} == {(200, TEXT)}
+    assert sorted(body["generation_settings"]["seed"] for _, body in answers) == list(range(32))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_it_cleanly(server: Server, number: signal.Signals) -> None:
+    server.post(TALE)
+    engine = server.engine
+    assert server.end(number) == 0
+    assert not alive(engine)
+    assert "Traceback" not in server.log()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_cancels_what_runs_and_answers_with_what_there_is(endless: Server, number: signal.Signals) -> None:
+    engine = endless.engine
+    with endless.stream(ENDLESS) as events, ThreadPoolExecutor(1) as thread:
+        next(events)
+        waiting = thread.submit(endless.post, ENDLESS)
+        eventually(lambda: endless.post({"prompt": ""})[0] == 503)
+        endless.process.send_signal(number)
+        *_, last = events
+        assert last["stop_type"] == "cancelled"
+        assert waiting.result()[1]["stop_type"] == "cancelled"
+    assert endless.process.wait(60) == 0
+    assert not alive(engine)
+    assert "Traceback" not in endless.log()
+
+
+def test_health_is_503_until_the_model_is_loaded(s3: S3, log: Path, demo_model: Path, tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def wait(_: Request) -> None:
+        assert go_on.wait(60)
+
+    uri = s3.put("m.gguf", demo_model.read_bytes())
+    s3.before = wait
+    with Server(log, MODEL_S3_URI=uri, MODEL_CACHE_DIR=tmp_path / "cache") as server, ThreadPoolExecutor(1) as thread:
+        status, body = server.health()
+        assert (status, body["error"]["code"]) == (503, "model_loading")
+        early = thread.submit(server.post, TALE)
+        go_on.set()
+        assert early.result()[1]["content"] == TEXT  # it has waited
+        assert server.health() == (200, {"status": "ok", "model": "ready"})
+
+
+def test_a_signal_while_the_model_is_loaded(s3: S3, log: Path, demo_model: Path, tmp_path: Path) -> None:
+    arrived, go_on = threading.Event(), threading.Event()
+
+    def wait(_: Request) -> None:
+        arrived.set()
+        assert go_on.wait(60)
+
+    uri = s3.put("m.gguf", demo_model.read_bytes())
+    s3.before = wait
+    with Server(log, MODEL_S3_URI=uri, MODEL_CACHE_DIR=tmp_path / "cache") as server, ThreadPoolExecutor(1) as thread:
+        early = thread.submit(server.post, TALE)
+        assert arrived.wait(60)
+        server.process.send_signal(signal.SIGTERM)
+        status, body = early.result()
+        assert (status, body["error"]["code"]) == (503, "stopping")
+        assert server.process.wait(60) == 0
+        go_on.set()
+
+
+@pytest.mark.parametrize(
+    ("settings", "code", "says"),
+    [
+        ({"MODEL_PATH": "/nowhere/m.gguf"}, 1, "/nowhere/m.gguf"),
+        ({"BITNET_CLI": "/nowhere/bitnet"}, 1, "cannot run /nowhere/bitnet"),
+        ({"CTX_SIZE": "1000000"}, 1, "256"),
+        ({"CTX_SIZE": "big"}, 2, "'CTX_SIZE' must be an integer, got \"big\""),
+        ({"PORT": "123456"}, 2, "'PORT' must be from 0 to 65535, got 123456"),
+        ({"HOST": "192.0.2.1"}, 1, "cannot listen on 192.0.2.1, port 0 (HOST, PORT): Cannot assign"),
+    ],
+)
+def test_what_cannot_work_ends_with_one_line(log: Path, settings: dict[str, str], code: int, says: str) -> None:
+    with Server(log, **settings) as server:
+        assert server.process.wait(60) == code
+        last = server.log().splitlines()[-1]
+        assert last.startswith("bitnet: ")
+        assert says in last
+
+
+def test_a_port_that_is_taken(log: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        with Server(log, PORT=port) as server:
+            assert server.process.wait(60) == 1
+            expected = f"bitnet: cannot listen on 127.0.0.1, port {port} (HOST, PORT): Address already in use"
+            assert server.log().startswith(expected)
+            assert server.log().count("\n") == 1
+
+
+def test_a_body_that_lambda_would_not_take(server: Server) -> None:
+    response, body = server.request("POST", "/completion", b" " * (6 * 2**20 + 1))
+    assert (response.status, json.loads(body)["error"]["code"]) == (413, "too_long")
+    response, body = server.request("POST", "/completion", b" " * (6 * 2**20))
+    assert (response.status, json.loads(body)["error"]["message"]) == (
+        400,
+        "the body is empty: a JSON object is expected",
+    )
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("GET", "/completion", 405),
+        ("PUT", "/completion", 405),
+        ("POST", "/health", 405),
+        ("GET", "/", 404),
+        ("GET", "/%ff%00", 404),
+        ("GET", "/health?x=1", 200),
+        ("PROPFIND", "/x", 404),
+    ],
+)
+def test_routes(server: Server, method: str, path: str, status: int) -> None:
+    assert server.request(method, path)[0].status == status
+
+
+def test_what_is_no_http_is_refused(server: Server) -> None:
+    for junk in (b"\x16\x03\x01\x02\x00\x01\x00", b"GET /health HTTP/9.9\r\n\r\n", b"POST /completion\r\n" * 3):
+        with socket.create_connection(("127.0.0.1", server.port)) as connection:
+            connection.sendall(junk + b"\r\n\r\n")
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1000).startswith((b"HTTP/1.1 400", b""))
+    assert server.post(TALE)[0] == 200
+
+
+def test_a_connection_serves_several_requests(server: Server) -> None:
+    with closing(server.connect()) as connection:
+        for _ in range(3):
+            connection.request("POST", "/completion", json.dumps(TALE))
+            assert json.loads(connection.getresponse().read())["content"] == TEXT
+
+
+def test_an_engine_that_was_killed_is_replaced(server: Server) -> None:
+    engine = server.engine
+    os.kill(engine, signal.SIGKILL)
+    assert server.post(TALE)[1]["content"] == TEXT
+    assert server.engine != engine
+
+
+def test_no_text_reaches_the_log(log: Path) -> None:
+    with Server(log, LOG_LEVEL="DEBUG") as server:
+        for request in (
+            {"prompt": f"{CANARY} {CANARY}", "n_predict": 20, "stop": [CANARY]},
+            {"prompt": CANARY * 1000},
+            {"prompt": CANARY, CANARY: CANARY},
+            {"prompt": [CANARY], "n_predict": CANARY},
+            CANARY,
+        ):
+            server.post(request)
+        server.request("POST", "/completion", f'{{"prompt": "{CANARY}'.encode())
+        server.request("POST", "/completion", f'{{"{CANARY}": 1, "{CANARY}": 1}}'.encode())
+        server.request("GET", f"/{CANARY}?{CANARY}", headers={CANARY: CANARY})
+        server.request(CANARY.upper(), "/")
+        os.kill(server.engine, signal.SIGKILL)
+        assert server.post(TALE)[1]["content"] == TEXT
+        with server.stream(TALE) as events:
+            assert len(list(events)) == 13
+        assert server.end(signal.SIGTERM) == 0
+        assert '"message":"worker ended"' in server.log()
+        assert CANARY not in server.log().lower()
+        assert "lived" not in server.log()
+        assert "Once" not in server.log()

@@ -1,0 +1,203 @@
+"""Validation of requests."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from function.schema import INERT, NEUTRAL, ApiError, parse_completion, parse_object
+from function.settings import Settings
+
+SETTINGS = Settings()
+
+
+def refusal(body: dict[str, Any], settings: Settings = SETTINGS) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse_completion(body, settings)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_defaults_are_the_settings() -> None:
+    settings = Settings(
+        n_predict=7, temperature=0.5, top_k=3, top_p=0.25, min_p=0.125, repeat_penalty=2, repeat_last_n=9
+    )
+    request = parse_completion({"prompt": "a"}, settings)
+    for name in ("n_predict", "temperature", "top_k", "top_p", "min_p", "repeat_penalty", "repeat_last_n"):
+        assert getattr(request, name) == getattr(settings, name)
+    assert (request.stop, request.seed, request.stream, request.special) == ((), -1, False, False)
+
+
+def test_every_field_is_taken() -> None:
+    body = {
+        "prompt": [1, 2],
+        "n_predict": 5,
+        "temperature": 0,
+        "top_k": 1,
+        "top_p": 0.5,
+        "min_p": 0.5,
+        "repeat_penalty": 1.5,
+        "repeat_last_n": -1,
+        "presence_penalty": -1,
+        "frequency_penalty": 1.25,
+        "seed": 2**32 - 1,
+        "stop": ["\n", "end"],
+        "ignore_eos": True,
+        "cache_prompt": False,
+        "special": True,
+        "stream": True,
+        "return_tokens": True,
+    }
+    request = parse_completion(body, SETTINGS)
+    assert dataclasses.asdict(request) == body | {"prompt": (1, 2), "stop": ("\n", "end")}
+
+
+def test_null_means_left_out() -> None:
+    fields = dataclasses.fields(parse_completion({"prompt": ""}, SETTINGS))
+    nulls = {field.name: None for field in fields} | dict.fromkeys(NEUTRAL) | dict.fromkeys(INERT)
+    assert parse_completion(nulls | {"prompt": "a"}, SETTINGS) == parse_completion({"prompt": "a"}, SETTINGS)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "says"),
+    [
+        ("prompt", 5, "must be a string or an array of token ids, got 5"),
+        ("prompt", {"text": "x"}, "got an object"),
+        ("prompt", [], "at least one token id"),
+        ("prompt", [1, "a"], "'prompt[1]' must be a token id, got \"a\""),
+        ("prompt", [True], "'prompt[0]' must be a token id, got true"),
+        ("prompt", [-1], "'prompt[0]' must be from 0 to 2147483647, got -1"),
+        ("prompt", ["two", "prompts"], "'prompt[0]' must be a token id"),
+        ("prompt", "a\ud800", "lone surrogate (\\ud800) at character 1"),
+        ("n_predict", 1.5, "must be an integer, got 1.5"),
+        ("n_predict", True, "must be an integer, got true"),
+        ("n_predict", "8", 'must be an integer, got "8"'),
+        ("n_predict", -2, "from -1 to 2147483647, got -2"),
+        ("n_predict", 10**400, "got an integer of 1329 bits"),
+        ("temperature", -0.5, "from 0 to 100, got -0.5"),
+        ("temperature", float("nan"), "from 0 to 100, got nan"),
+        ("temperature", float("inf"), "from 0 to 100, got inf"),
+        ("temperature", 10**400, "from 0 to 100, got an integer of 1329 bits"),
+        ("temperature", False, "must be a number, got false"),
+        ("temperature", [1], "must be a number, got an array of 1"),
+        ("top_p", 0, "above 0 to 1, got 0"),
+        ("top_p", 1.01, "above 0 to 1, got 1.01"),
+        ("min_p", 2, "from 0 to 1, got 2"),
+        ("repeat_penalty", 0, "above 0 to 100, got 0"),
+        ("seed", 2**32, "from -1 to 4294967295, got 4294967296"),
+        ("stop", "end", 'must be an array of strings, got "end"'),
+        ("stop", [1], "'stop[0]' must be a string, got 1"),
+        ("stop", ["a", ""], "'stop[1]' must not be empty"),
+        ("stop", ["a"] * 65, "at most 64 strings, got 65"),
+        ("stop", ["é" * 513], "'stop[0]' must have at most 1024 bytes of UTF-8, got 1026"),
+        ("stop", ["\udfff"], "'stop[0]' has a lone surrogate"),
+        ("stream", 1, "must be true or false, got 1"),
+        ("stream", "x" * 1000, 'must be true or false, got "' + "x" * 39 + "… (1002 characters)"),
+    ],
+)
+def test_a_wrong_value_is_refused_with_field_limit_and_value(field: str, value: object, says: str) -> None:
+    error = refusal({"prompt": "a"} | {field: value})
+    assert error.param == field
+    assert says in error.message
+
+
+def test_the_prompt_is_required() -> None:
+    assert (refusal({}).param, refusal({"prompt": None}).code) == ("prompt", "missing_field")
+
+
+def test_limits_come_from_the_settings() -> None:
+    settings = Settings(max_prompt_bytes=4, max_n_predict=10, n_predict=10)
+    assert "at most 4 bytes of UTF-8, got 6" in refusal({"prompt": "ééé"}, settings).message
+    assert "from -1 to 10, got 11" in refusal({"prompt": "", "n_predict": 11}, settings).message
+    assert parse_completion({"prompt": "", "n_predict": -1}, settings).n_predict == 10
+
+
+@pytest.mark.parametrize("field", sorted(NEUTRAL))
+def test_an_unsupported_field_is_refused_unless_neutral(field: str) -> None:
+    for neutral in NEUTRAL[field]:
+        parse_completion({"prompt": "a", field: neutral}, SETTINGS)
+    error = refusal({"prompt": "a", field: 77})
+    assert (error.param, error.code) == (field, "unsupported_field")
+    assert f"'{field}' is not supported" in error.message
+    assert "got 77" in error.message
+
+
+def test_false_is_not_the_neutral_zero() -> None:
+    assert refusal({"prompt": "a", "n_probs": False}).code == "unsupported_field"
+
+
+def test_an_unknown_field_is_refused_by_name() -> None:
+    error = refusal({"prompt": "a", "max_tokens": 5})
+    assert (error.param, error.code) == ("max_tokens", "unknown_field")
+
+
+def test_an_unknown_name_is_safe_to_send_back() -> None:
+    error = refusal({"prompt": "a", "\ud800" + "x" * 10_000: 5})
+    assert len(json.dumps(error.body(), ensure_ascii=False).encode()) < 400
+
+
+@pytest.mark.parametrize(
+    ("raw", "says"),
+    [
+        (b"", "the body is empty"),
+        (b" \n", "the body is empty"),
+        (b"{", "at line 1, column 2"),
+        (b'{"a": 1,}', "the body is not JSON"),
+        (b"{'a': 1}", "the body is not JSON"),
+        (b'{"a": NaN}', "NaN is no JSON number"),
+        (b'{"a": -Infinity}', "-Infinity is no JSON number"),
+        (b'{"a": ' + b"1" * 5000 + b"}", "too many digits"),
+        (b'{"a": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", "nested too deeply"),
+        (b'{"a":' * 100_000, "nested too deeply"),
+        (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
+        (b'{"a": "\xed\xa0\x80"}', "not UTF-8 at byte 7"),
+        (b'\xef\xbb\xbf{"a": 1}', "the body is not JSON"),
+        (b'{"a": 1} {}', "the body is not JSON"),
+        (b"[]", "must be a JSON object, got an array of 0"),
+        (b'"text"', 'must be a JSON object, got "text"'),
+        (b"null", "must be a JSON object, got null"),
+        (b'{"a": 1, "b": 2, "a": 3}', 'field "a" is there twice'),
+        (b'{"a": {"b": 1, "b": 1}}', 'field "b" is there twice'),
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(raw: bytes, says: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        parse_object(raw)
+    assert caught.value.status == 400
+    assert says in caught.value.message
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters(codec=None, exclude_categories=())),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=8,
+)
+FIELDS = sorted(field.name for field in dataclasses.fields(parse_completion({"prompt": ""}, SETTINGS)))
+
+
+def outcome(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a function returns, or the body of its refusal. Nothing else may come of it."""
+    try:
+        return function()
+    except ApiError as error:
+        result = error
+    assert result.status == 400
+    json.dumps(result.body(), ensure_ascii=False).encode()
+    return result.body()
+
+
+@given(st.dictionaries(st.sampled_from(FIELDS + sorted(NEUTRAL)) | st.text(), JSON))
+def test_any_object_is_valid_or_refused(body: dict[str, Any]) -> None:
+    result = outcome(lambda: parse_completion(body, SETTINGS).for_engine())
+    json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+
+
+@given(st.binary() | JSON.map(lambda value: json.dumps(value).encode()))
+def test_any_bytes_are_an_object_or_refused(raw: bytes) -> None:
+    assert isinstance(outcome(lambda: parse_object(raw)), dict)

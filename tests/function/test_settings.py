@@ -1,0 +1,85 @@
+"""Settings from the environment."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from function.settings import Settings, SettingsError, lambda_threads
+
+
+def test_nothing_set_gives_the_defaults() -> None:
+    assert Settings.from_environment({}) == Settings()
+    assert Settings.from_environment({field.name.upper(): "" for field in fields(Settings)}) == Settings()
+
+
+def test_every_setting_is_read() -> None:
+    environment = {
+        "MODEL_PATH": "/m.gguf",
+        "MODEL_S3_URI": "s3://bucket/some/key.gguf",
+        "MODEL_CACHE_DIR": "/c",
+        "DEMO_MODEL": "/d",
+        "COPY_THREADS": "3",
+        "COPY_PART_BYTES": "65536",
+        "BITNET_CLI": "/b",
+        "CTX_SIZE": "100",
+        "THREADS": "5",
+        "KV_TYPE": "f32",
+        "N_PREDICT": "11",
+        "TEMPERATURE": "0.5",
+        "TOP_K": "6",
+        "TOP_P": "0.75",
+        "MIN_P": "0.25",
+        "REPEAT_PENALTY": "1.5",
+        "REPEAT_LAST_N": "7",
+        "MAX_N_PREDICT": "12",
+        "MAX_PROMPT_BYTES": "13",
+        "QUEUE_LIMIT": "14",
+        "DEADLINE_MARGIN_MS": "1500",
+        "HOST": "::1",
+        "PORT": "0",
+        "LOG_LEVEL": "DEBUG",
+    }
+    assert environment.keys() == {field.name.upper() for field in fields(Settings)}
+    settings = Settings.from_environment(environment)
+    for name, text in environment.items():
+        assert str(getattr(settings, name.lower())) == text
+    assert settings.model_path == Path("/m.gguf")
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "says"),
+    [
+        ("CTX_SIZE", "-1", "'CTX_SIZE' must be from 0 to 2147483647, got -1"),
+        ("CTX_SIZE", "many", "'CTX_SIZE' must be an integer, got \"many\""),
+        ("TEMPERATURE", "nan", "'TEMPERATURE' must be from 0 to 100, got nan"),
+        ("TEMPERATURE", "warm", "'TEMPERATURE' must be a number, got \"warm\""),
+        ("KV_TYPE", "f64", "'KV_TYPE' must be one of f16, f32, got \"f64\""),
+        ("LOG_LEVEL", "info", "'LOG_LEVEL' must be one of DEBUG"),
+        ("MODEL_S3_URI", "https://bucket/key", "'MODEL_S3_URI' must be s3://bucket/key"),
+        ("MODEL_S3_URI", "s3://bucket/", "'MODEL_S3_URI' must be s3://bucket/key"),
+        ("PORT", "65536", "'PORT' must be from 0 to 65535, got 65536"),
+    ],
+)
+def test_a_wrong_setting_is_named_with_limit_and_value(name: str, text: str, says: str) -> None:
+    with pytest.raises(SettingsError, match="must be") as caught:
+        Settings.from_environment({name: text})
+    assert says in str(caught.value)
+
+
+def test_n_predict_and_its_limit_agree() -> None:
+    assert Settings.from_environment({"MAX_N_PREDICT": "50"}).n_predict == 50
+    with pytest.raises(SettingsError, match="'N_PREDICT' must be at most MAX_N_PREDICT, 50, got 51"):
+        Settings.from_environment({"MAX_N_PREDICT": "50", "N_PREDICT": "51"})
+
+
+def test_threads_on_lambda_follow_memory_and_affinity() -> None:
+    seen = len(os.sched_getaffinity(0))
+    assert [lambda_threads(mb) for mb in (128, 1769)] == [1, 1]
+    assert lambda_threads(10_240) == min(seen, 6)
+    assert Settings.from_environment({"AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1769"}).threads == 1
+    assert Settings.from_environment({"AWS_LAMBDA_FUNCTION_MEMORY_SIZE": "1769", "THREADS": "4"}).threads == 4
+    assert Settings.from_environment({}).threads == 0
