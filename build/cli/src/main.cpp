@@ -420,6 +420,11 @@ int fail(ExitCode code, const std::string& message) {
   return static_cast<int>(code);
 }
 
+int report_out_of_memory() {
+  std::fputs("bitnet: not enough memory\n", stderr);  // without taking any
+  return static_cast<int>(ExitCode::kOutOfMemory);
+}
+
 // Says in one line what the exception that is being handled means, and gives the exit code.
 int report_exception() {
   try {
@@ -427,8 +432,7 @@ int report_exception() {
   } catch (const Error& e) {
     return fail(e.code(), e.what());
   } catch (const std::bad_alloc&) {
-    std::fputs("bitnet: not enough memory\n", stderr);
-    return static_cast<int>(ExitCode::kOutOfMemory);
+    return report_out_of_memory();
   } catch (const std::system_error& e) {  // of all that is called only starting a thread throws it
     return fail(ExitCode::kOutOfMemory, std::string("not enough memory to start a thread: ") + e.what());
   } catch (const std::exception& e) {
@@ -478,8 +482,10 @@ int main(int argc, char** argv) {
     std::fputs("bitnet: this processor lacks AVX2, FMA or F16C, which bitnet needs\n", stderr);
     return static_cast<int>(bitnet::ExitCode::kUnsupportedProcessor);
   }
-  // Memory can run out where nothing may be thrown: in a thread, or a destructor of the JSON library.
-  std::set_terminate([] { _exit(std::current_exception() ? bitnet::report_exception() : 1); });
+  // Memory can run out where nothing may be thrown: in a thread, in a destructor of the JSON library. GCC before 13
+  // does not always know the exception then.
+  std::set_terminate(
+      [] { _exit(std::current_exception() ? bitnet::report_exception() : bitnet::report_out_of_memory()); });
   try {
     return bitnet::run(argc, argv);
   } catch (...) {

@@ -79,13 +79,15 @@ class Fields {
     if (!value) refuse(name, "is missing");
     if (!value->is_array()) refuse(name, "must be an array of token ids, got " + shown(*value));
     std::vector<TokenId> ids;
-    for (const Json& id : *value) {
-      const bool fits = id.is_number_unsigned() && id.get<uint64_t>() < vocab_size;
-      if (!fits)
-        refuse(name, "token ids are integers from 0 to " + std::to_string(vocab_size - 1) + ", got " + shown(id));
-      ids.push_back(id.get<TokenId>());
-    }
+    for (const Json& id : *value) ids.push_back(token(name, id, vocab_size));
     return ids;
+  }
+
+  static TokenId token(const std::string& name, const Json& id, size_t vocab_size) {
+    const bool fits = id.is_number_unsigned() && id.get<uint64_t>() < vocab_size;
+    if (!fits)
+      refuse(name, "token ids are integers from 0 to " + std::to_string(vocab_size - 1) + ", got " + shown(id));
+    return id.get<TokenId>();
   }
 
   void refuse_unknown() const {
@@ -105,6 +107,17 @@ uint64_t random_seed() {
   return device();  // 32 bits: a seed that every client can write back as a number
 }
 
+std::vector<PromptPart> parts(const Json& prompt, size_t vocab_size) {
+  std::vector<PromptPart> parts(1);
+  for (const Json& element : prompt) {
+    if (element.is_string())
+      parts.push_back({element.get<std::string>(), {}});
+    else
+      parts.back().tokens.push_back(Fields::token("prompt", element, vocab_size));
+  }
+  return parts;
+}
+
 CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::time_point received) {
   CompletionRequest request;
   Completion& c = request.completion;
@@ -113,9 +126,9 @@ CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::
   if (prompt->is_string())
     request.text = prompt->get<std::string>();
   else if (prompt->is_array())
-    c.prompt = fields.tokens("prompt", tokenizer.vocab_size());
+    request.parts = parts(*prompt, tokenizer.vocab_size());
   else
-    refuse("prompt", "must be a string or an array of token ids, got " + shown(*prompt));
+    refuse("prompt", "must be a string or an array of token ids and strings, got " + shown(*prompt));
   request.add_bos = fields.boolean("add_bos", request.text && tokenizer.add_bos());
   request.special = fields.boolean("special", false);
   request.chat = fields.boolean("chat", false);

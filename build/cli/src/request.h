@@ -23,9 +23,16 @@ class RequestError : public std::runtime_error {
   std::string field;  // empty when no field is to blame
 };
 
+// A piece of a prompt that is an array: a text, then token ids.
+struct PromptPart {
+  std::string text;
+  std::vector<TokenId> tokens;
+};
+
 struct CompletionRequest {
-  Completion completion;  // prompt still empty where the prompt is text
-  std::optional<std::string> text;
+  Completion completion;            // the prompt is still empty: it is `text` or `parts`
+  std::optional<std::string> text;  // of a prompt that is a string
+  std::vector<PromptPart> parts;    // of one that is an array
   bool add_bos = false;
   bool special = false;
   bool chat = false;

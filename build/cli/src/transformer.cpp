@@ -3,7 +3,6 @@
 #include <algorithm>
 #include <cassert>
 #include <cmath>
-#include <functional>
 #include <limits>
 
 #include "elementary.h"
@@ -11,7 +10,7 @@
 namespace bitnet {
 namespace {
 
-constexpr size_t kRowsPerPiece = 64;  // of a ternary matrix, for one thread at a time: 41 kB at 2,560 columns
+constexpr size_t kRowsPerPiece = 128;  // of a ternary matrix, for one thread at a time: 82 kB at 2,560 columns
 constexpr size_t kLogitRowsPerPiece = 64;
 constexpr size_t kScreenRowsPerPiece = 256;
 constexpr size_t kCandidatesPerPiece = 16;
@@ -296,27 +295,30 @@ void Transformer::screened_best(const float* x, size_t k, std::vector<Candidate>
     const size_t first = piece * kScreenRowsPerPiece, count = std::min(kScreenRowsPerPiece, output.rows - first);
     kernels_.screen_rows(output.slice(first, count), screen, &estimates_[first], &deviations_[first]);
   });
-  // At least k rows reach the k-th best lower end, so a row whose upper end does not cannot be among the best k.
-  lower_ends_.clear();
-  float threshold = -std::numeric_limits<float>::infinity();
-  for (size_t r = 0; r < output.rows; r++) {
-    const float lower = estimates_[r] - kScreenDeviations * deviations_[r];
-    if (!(lower > threshold)) continue;  // NaN, from a model with wrong weights, neither
-    lower_ends_.push_back(lower);
-    std::push_heap(lower_ends_.begin(), lower_ends_.end(), std::greater<>());
-    if (lower_ends_.size() > k) {
-      std::pop_heap(lower_ends_.begin(), lower_ends_.end(), std::greater<>());
-      lower_ends_.pop_back();
-    }
-    if (lower_ends_.size() == k) threshold = lower_ends_.front();
+  // The k rows of the best estimates are computed first. No row whose upper end stays below the least of them can be
+  // among the best k.
+  out = best_of(estimates_, k);
+  exact_logits(x, out, 0);
+  float least = std::numeric_limits<float>::infinity();
+  for (Candidate& candidate : out) {
+    least = std::min(least, candidate.logit);
+    estimates_[static_cast<size_t>(candidate.token)] = std::numeric_limits<float>::quiet_NaN();  // done
   }
-  out.clear();
   for (size_t r = 0; r < output.rows; r++)
-    if (estimates_[r] + kScreenDeviations * deviations_[r] >= threshold) out.push_back({0.0f, static_cast<int32_t>(r)});
-  if (out.empty()) out.push_back({0.0f, 0});
-  pool_.for_each((out.size() + kCandidatesPerPiece - 1) / kCandidatesPerPiece, [&](size_t piece, size_t) {
-    for (size_t i = piece * kCandidatesPerPiece; i < std::min((piece + 1) * kCandidatesPerPiece, out.size()); i++)
-      kernels_.dot_rows(output.slice(static_cast<size_t>(out[i].token), 1), x, 1, &out[i].logit, 1);
+    if (estimates_[r] + kScreenDeviations * deviations_[r] >= least) out.push_back({0.0f, static_cast<int32_t>(r)});
+  exact_logits(x, out, k);
+}
+
+// Fills in the logits of the candidates from `first` on.
+void Transformer::exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first) {
+  const size_t n = candidates.size() - first;
+  pool_.for_each((n + kCandidatesPerPiece - 1) / kCandidatesPerPiece, [&](size_t piece, size_t) {
+    const size_t begin = first + piece * kCandidatesPerPiece;
+    for (size_t i = begin; i < std::min(begin + kCandidatesPerPiece, candidates.size()); i++) {
+      Candidate& candidate = candidates[i];
+      kernels_.dot_rows(model_.output().slice(static_cast<size_t>(candidate.token), 1), x, 1, &candidate.logit, 1);
+      if (std::isnan(candidate.logit)) candidate.logit = -std::numeric_limits<float>::infinity();
+    }
   });
 }
 

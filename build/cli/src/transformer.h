@@ -79,6 +79,7 @@ class Transformer {
   bool can_screen() const;
   void prepare_screen(const float* x, Screen& screen);
   void screened_best(const float* x, size_t k, std::vector<Candidate>& out);
+  void exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first);
   template <class F>
   void for_each_token(F&& f);
 
@@ -101,8 +102,8 @@ class Transformer {
   std::vector<float> gate_, up_;         // (max_batch, ffn_dim)
   std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
   size_t n_wanting_ = 0;
-  std::vector<float> outputs_;  // (n_wanting, dim): what the output matrix is multiplied with
-  std::vector<float> estimates_, deviations_, lower_ends_;  // of screening
+  std::vector<float> outputs_;                 // (n_wanting, dim): what the output matrix is multiplied with
+  std::vector<float> estimates_, deviations_;  // of screening
   std::vector<int8_t> screen_values_;
   std::vector<float> screen_corrections_, screen_variances_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)

@@ -153,15 +153,21 @@ class Worker {
   }
 
   void accept(Request request) {
-    const std::lock_guard lock(mutex_);
+    std::unique_lock lock(mutex_);
     if (std::holds_alternative<CancelRequest>(request.body)) {
       if (const auto it = live_.find(request.id); it != live_.end()) it->second->store(true);
       return;
     }
     const auto [it, is_new] = live_.try_emplace(request.id, std::make_shared<std::atomic<bool>>(false));
     if (!is_new) throw RequestError("invalid_request", "id", "id: a request of this id is still being served");
-    jobs_.push_back({std::move(request), it->second});
-    changed_.notify_all();
+    Job job{std::move(request), it->second};
+    if (std::holds_alternative<CompletionRequest>(job.request.body)) {
+      jobs_.push_back(std::move(job));
+      changed_.notify_all();
+    } else {  // takes no computing: need not wait for what runs
+      lock.unlock();
+      serve(job);
+    }
   }
 
   // Answers the queued completions that are over before they began, cancelled or past their deadline: they need not
@@ -228,9 +234,8 @@ class Worker {
       completion.prompt = chat_prompt(tokenizer, *request.text);
     else if (request.text)
       completion.prompt = text_prompt(tokenizer, *request.text, request.add_bos, request.special);
-    else if (request.add_bos && tokenizer.bos() &&
-             (completion.prompt.empty() || completion.prompt.front() != *tokenizer.bos()))
-      completion.prompt.insert(completion.prompt.begin(), *tokenizer.bos());
+    else
+      completion.prompt = parts_prompt(request);
     if (completion.prompt.empty())
       throw RequestError("invalid_request", "prompt", "prompt: must have at least 1 token, got 0");
     const Session::OnPiece on_piece = [&](std::string_view text, std::span<const TokenId> tokens) {
@@ -239,6 +244,19 @@ class Worker {
     const CompletionResult r = session_.complete(completion, request.stream ? on_piece : Session::OnPiece(),
                                                  [&] { return cancelled.load(std::memory_order_relaxed); });
     return done_event(id, request, r);
+  }
+
+  std::vector<TokenId> parts_prompt(const CompletionRequest& request) const {
+    const Tokenizer& tokenizer = engine_.tokenizer;
+    std::vector<TokenId> ids;
+    for (const PromptPart& part : request.parts) {
+      const std::vector<TokenId> text = tokenizer.encode(part.text, request.special);
+      ids.insert(ids.end(), text.begin(), text.end());
+      ids.insert(ids.end(), part.tokens.begin(), part.tokens.end());
+    }
+    if (request.add_bos && tokenizer.bos() && (ids.empty() || ids.front() != *tokenizer.bos()))
+      ids.insert(ids.begin(), *tokenizer.bos());
+    return ids;
   }
 
   Json answer(const std::string& id, const TokenizeRequest& request, const std::atomic<bool>&) {
@@ -256,6 +274,7 @@ class Worker {
   Json ready(double load_ms) const {
     const Config& c = engine_.config();
     const std::optional<TokenId> bos = engine_.tokenizer.bos();
+    const std::optional<TokenId> eot = engine_.tokenizer.find("<|eot_id|>");
     return {{"event", "ready"},
             {"model",
              {{"name", to_valid_utf8(c.name)},
@@ -273,6 +292,7 @@ class Worker {
             {"kv_type", name_of(engine_.kv_type)},
             {"load_ms", load_ms},
             {"bos", bos ? Json(*bos) : Json()},
+            {"eot", eot ? Json(*eot) : Json()},
             {"eos", engine_.tokenizer.end_of_generation()},
             {"version", kVersion}};
   }

@@ -40,7 +40,10 @@ inline void tile(const uint8_t* codes, size_t stride, size_t n_blocks, const int
     for (size_t b = first; b < last; b++) {
       const int8_t* a = x + b * kTernaryBlock;
       for (int r = 0; r < R; r++) {
-        const __m256i low = load256(codes + static_cast<size_t>(r) * stride + b * 32);
+        const uint8_t* row = codes + static_cast<size_t>(r) * stride + b * 32;
+        if (N == 1 && b % 2 == 0)
+          _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchRows * stride), _MM_HINT_T0);
+        const __m256i low = load256(row);
         const __m256i high = _mm256_srli_epi16(low, 4);
         const __m256i c0 = _mm256_and_si256(high, mask4), c1 = _mm256_and_si256(high, mask);
         const __m256i c2 = _mm256_and_si256(low, mask4), c3 = _mm256_and_si256(low, mask);

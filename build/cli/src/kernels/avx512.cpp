@@ -20,6 +20,7 @@ constexpr int kWeighVectors = 4;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline __m512i twice(const int8_t* p) { return _mm512_broadcast_i64x4(load256(p)); }
 
 // Eight rows by N tokens. A register holds the same 32 columns of rows p (low half) and p + 4 (high half).
@@ -33,6 +34,10 @@ inline void tile8(const uint8_t* codes, size_t stride, size_t n_blocks, const in
     const int8_t* a = x + b * kTernaryBlock;
     for (int p = 0; p < 4; p++) {
       const uint8_t* row = codes + static_cast<size_t>(p) * stride + b * 32;
+      if (N == 1 && b % 2 == 0) {
+        prefetch(row + kPrefetchRows * stride);
+        prefetch(row + (kPrefetchRows + 4) * stride);
+      }
       const __m512i packed = _mm512_inserti64x4(_mm512_castsi256_si512(load256(row)), load256(row + 4 * stride), 1);
       const __m512i c0 = _mm512_and_si512(_mm512_srli_epi16(packed, 6), mask);
       const __m512i c1 = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);

@@ -200,18 +200,9 @@ inline F32x16 load_weights(const uint8_t* row, const uint8_t* low, size_t cols, 
   __builtin_memcpy(&scale, row + i / kScaleBlock * 2, 2);
   const uint8_t* high = row + cols / kScaleBlock * 2 + i / 64 * 32 + i % 32;
   const unsigned high_shift = i / 32 % 2 * 4;
-  int8_t numbers[16];
-  if constexpr (type == RowType::kSplit8) {
-    low += i / 64 * 32 + i % 32;
-    for (int j = 0; j < 16; j++)
-      numbers[j] = static_cast<int8_t>(((high[j] >> high_shift & 15) << 4 | (low[j] >> high_shift & 15)) - 128);
-  } else {
-    low += i / 128 * 32 + i % 32;
-    const unsigned low_shift = i / 32 % 4 * 2;
-    for (int j = 0; j < 16; j++)
-      numbers[j] = static_cast<int8_t>(((high[j] >> high_shift & 15) << 2 | (low[j] >> low_shift & 3)) - 32);
-  }
-  return mul(set1(half_to_float(scale)), load_int8(numbers));
+  if constexpr (type == RowType::kSplit8)
+    return mul(set1(half_to_float(scale)), load_split(high, high_shift, low + i / 64 * 32 + i % 32, high_shift, 4));
+  return mul(set1(half_to_float(scale)), load_split(high, high_shift, low + i / 128 * 32 + i % 32, i / 32 % 4 * 2, 2));
 }
 
 template <RowType type, int R>

@@ -18,6 +18,10 @@ inline constexpr size_t kLanes = 16;              // float lanes of every reduct
 inline constexpr size_t kTernaryBlock = 128;      // weights in 32 bytes of I2_S
 inline constexpr size_t kPositionsPerBlock = 16;  // positions that lie side by side in the key cache
 
+// How many rows ahead one token's pass over a ternary matrix asks for: 10 kB at 2,560 columns. Several rows are read
+// side by side, each too short for the processor to see where it leads.
+inline constexpr size_t kPrefetchRows = 16;
+
 enum class Isa { kScalar, kAvx2, kAvx512 };
 enum class CacheType { kF16, kF32 };
 

@@ -16,11 +16,12 @@ inline __m256 bfloat8(const uint16_t* p) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
 inline F32x16 load_bfloat(const uint16_t* p) { return {bfloat8(p), bfloat8(p + 8)}; }
-inline F32x16 load_int8(const int8_t* p) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+inline F32x16 from_int8(__m128i bytes) {
   return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
           _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
 }
+inline F32x16 load_int8(const int8_t* p) { return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+#include "load_split.h"
 inline F32x16 load_int32(const int32_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
           _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8)))};

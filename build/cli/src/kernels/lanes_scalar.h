@@ -28,6 +28,14 @@ inline F32x16 load_bfloat(const uint16_t* p) {
 inline F32x16 load_int8(const int8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
 }
+// Sixteen signed numbers whose upper four bits and lower `low_bits` bits lie in two arrays of bytes, shifted up.
+inline F32x16 load_split(const uint8_t* high, unsigned high_shift, const uint8_t* low, unsigned low_shift,
+                         unsigned low_bits) {
+  return each([&](int i) {
+    const int number = (high[i] >> high_shift & 15) << low_bits | (low[i] >> low_shift & ((1 << low_bits) - 1));
+    return static_cast<float>(number - (8 << low_bits));
+  });
+}
 inline F32x16 load_int32(const int32_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
 }
