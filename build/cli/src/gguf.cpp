@@ -77,7 +77,7 @@ struct TensorTypeTraits {
   uint64_t block_elements;  // a row is a whole number of blocks
   uint64_t block_bytes;
   uint64_t tail_bytes;           // after the last block of the tensor
-  uint64_t blocks_per_unit = 1;  // blocks that share block_bytes; the last unit may lack some
+  uint64_t blocks_per_unit = 1;  // blocks that share block_bytes; a row's last unit may lack some
 };
 
 // I2_S: blocks of 128 two-bit codes, then for the whole tensor a float32 scale and 28 bytes of padding.
@@ -307,9 +307,10 @@ TensorPlace read_tensor_info(Reader& reader, Tensor& tensor) {
                                              std::string(traits->name));
   }
   uint64_t n_bytes = 0;
-  if (__builtin_mul_overflow(
-          (elements / traits->block_elements + traits->blocks_per_unit - 1) / traits->blocks_per_unit,
-          traits->block_bytes, &n_bytes) ||
+  const uint64_t row_blocks = tensor.shape[0] / traits->block_elements;
+  const uint64_t row_units = (row_blocks + traits->blocks_per_unit - 1) / traits->blocks_per_unit;
+  if (__builtin_mul_overflow(elements / tensor.shape[0], row_units, &n_bytes) ||
+      __builtin_mul_overflow(n_bytes, traits->block_bytes, &n_bytes) ||
       __builtin_add_overflow(n_bytes, traits->tail_bytes, &n_bytes)) {
     reader.fail(ExitCode::kInvalidModel, std::to_string(elements) + " elements take more than 2^64 bytes");
   }

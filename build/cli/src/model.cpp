@@ -58,8 +58,7 @@ TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows
   const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor.bytes.data());
   const bool packed = tensor.type == TensorType::kTrits;
   TernaryMatrix matrix{packed ? nullptr : data, packed ? data : nullptr, rows, cols, 0.0f};
-  std::memcpy(&matrix.scale, data + (packed ? matrix.packed_units() * TernaryMatrix::kPackedUnit : matrix.bytes()),
-              sizeof(float));
+  std::memcpy(&matrix.scale, data + (packed ? matrix.packed_bytes() : matrix.bytes()), sizeof(float));
   if (!std::isfinite(matrix.scale)) invalid(file, "tensor " + name + " has a scale that is not finite");
   return matrix;
 }
@@ -96,6 +95,13 @@ FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, siz
       wrong_type(file, tensor, "F32, F16, BF16, Q8_0, Q6_K or HIGH4");
   }
   return out;
+}
+
+// The whole pages of a part of the map that is not needed again.
+void give_back(const uint8_t* data, size_t size) {
+  const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(data);
+  const uintptr_t begin = (start + page - 1) / page * page, end = (start + size) / page * page;
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
 }
 
 Config read_config(const GgufFile& file) {
@@ -218,36 +224,41 @@ void Model::expand(ThreadPool& pool, const Kernels& kernels) {
   }
   madvise(expanded_, expanded_bytes(), MADV_HUGEPAGE);
   struct Piece {
-    const uint8_t* packed;
-    size_t units;
+    const TernaryMatrix* matrix;
     uint8_t* codes;
+    size_t first_row, n_rows;
   };
-  constexpr size_t kUnitsPerPiece = 4096;  // 640 kB of codes
+  constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
   std::vector<Piece> pieces;
   uint8_t* next = static_cast<uint8_t*>(expanded_);
   for (Layer& layer : layers_)
     for (TernaryMatrix* m : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
       if (!m->packed) continue;
       m->codes = next;
-      for (size_t unit = 0; unit < m->packed_units(); unit += kUnitsPerPiece)
-        pieces.push_back({m->packed + unit * TernaryMatrix::kPackedUnit,
-                          std::min(kUnitsPerPiece, m->packed_units() - unit), next + unit * TernaryMatrix::kCodeUnit});
-      next += m->packed_units() * TernaryMatrix::kCodeUnit;
+      for (size_t r = 0; r < m->rows; r += kRowsPerPiece)
+        pieces.push_back({m, next, r, std::min(kRowsPerPiece, m->rows - r)});
+      next += m->bytes();
     }
   pool.for_each(pieces.size(), [&](size_t i, size_t) {
-    const Piece& piece = pieces[i];
-    kernels.expand_trits(piece.packed, piece.units, piece.codes);
-    const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)),
-                    first = reinterpret_cast<uintptr_t>(piece.packed);
-    const uintptr_t begin = (first + page - 1) / page * page,
-                    end = (first + piece.units * TernaryMatrix::kPackedUnit) / page * page;
-    if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_DONTNEED);
+    const TernaryMatrix& m = *pieces[i].matrix;
+    const size_t row_bytes = m.cols / 4, packed_row_bytes = m.row_units() * TernaryMatrix::kPackedUnit;
+    const size_t whole_units = row_bytes / TernaryMatrix::kCodeUnit, rest = row_bytes % TernaryMatrix::kCodeUnit;
+    const uint8_t* packed = m.packed + pieces[i].first_row * packed_row_bytes;
+    uint8_t* codes = pieces[i].codes + pieces[i].first_row * row_bytes;
+    for (size_t r = 0; r < pieces[i].n_rows; r++) {
+      kernels.expand_trits(packed + r * packed_row_bytes, whole_units, codes + r * row_bytes);
+      if (rest == 0) continue;
+      uint8_t last[TernaryMatrix::kCodeUnit];
+      kernels.expand_trits(packed + r * packed_row_bytes + whole_units * TernaryMatrix::kPackedUnit, 1, last);
+      std::memcpy(codes + r * row_bytes + whole_units * TernaryMatrix::kCodeUnit, last, rest);
+    }
+    give_back(packed, pieces[i].n_rows * packed_row_bytes);
   });
 }
 
 size_t Model::expanded_bytes() const {
   size_t bytes = 0;
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += m.packed ? m.packed_units() * TernaryMatrix::kCodeUnit : 0; });
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += m.packed ? m.bytes() : 0; });
   return bytes;
 }
 

@@ -40,7 +40,9 @@ struct TernaryMatrix {
 
   TernaryRows slice(size_t first, size_t count) const { return {codes + first * (cols / 4), count, cols}; }
   size_t bytes() const { return rows * cols / 4; }  // of the codes
-  size_t packed_units() const { return (bytes() + kCodeUnit - 1) / kCodeUnit; }
+  // A packed row is a whole number of units; the last one may stand for fewer blocks.
+  size_t row_units() const { return (cols / 4 + kCodeUnit - 1) / kCodeUnit; }
+  size_t packed_bytes() const { return rows * row_units() * kPackedUnit; }
 
   static constexpr size_t kCodeUnit = 160, kPackedUnit = 128;  // bytes that belong together
 };

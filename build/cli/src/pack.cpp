@@ -47,21 +47,22 @@ uint8_t base3(uint8_t codes) {
 }
 
 Bytes pack_ternary(const GgufFile& file, const std::string& name, const TernaryMatrix& w) {
-  const size_t units = w.packed_units();
-  Bytes out(units * TernaryMatrix::kPackedUnit + kTailBytes, 0);
-  for (size_t u = 0; u < units; u++) {
-    uint8_t codes[TernaryMatrix::kCodeUnit] = {};
-    std::memcpy(codes, w.codes + u * sizeof codes, std::min(sizeof codes, w.bytes() - u * sizeof codes));
-    for (const uint8_t byte : codes)
-      if ((byte & byte >> 1 & 0x55) != 0)
-        throw Error(ExitCode::kInvalidModel,
-                    file.path() + ": tensor " + name + " has a code 3, which stands for no weight");
-    for (size_t i = 0; i < 4; i++)
-      for (size_t p = 0; p < 32; p++)
-        out[u * TernaryMatrix::kPackedUnit + i * 32 + p] =
-            static_cast<uint8_t>(base3(codes[i * 32 + p]) + 81 * (codes[128 + p] >> (6 - 2 * i) & 3));
-  }
-  std::memcpy(&out[units * TernaryMatrix::kPackedUnit], &w.scale, sizeof w.scale);
+  Bytes out(w.packed_bytes() + kTailBytes, 0);
+  uint8_t* packed = out.data();
+  for (size_t r = 0; r < w.rows; r++)
+    for (size_t done = 0; done < w.cols / 4; done += TernaryMatrix::kCodeUnit, packed += TernaryMatrix::kPackedUnit) {
+      uint8_t codes[TernaryMatrix::kCodeUnit] = {};
+      std::memcpy(codes, w.codes + r * (w.cols / 4) + done, std::min(sizeof codes, w.cols / 4 - done));
+      for (const uint8_t byte : codes)
+        if ((byte & byte >> 1 & 0x55) != 0)
+          throw Error(ExitCode::kInvalidModel,
+                      file.path() + ": tensor " + name + " has a code 3, which stands for no weight");
+      for (size_t i = 0; i < 4; i++)
+        for (size_t p = 0; p < 32; p++)
+          packed[i * 32 + p] =
+              static_cast<uint8_t>(base3(codes[i * 32 + p]) + 81 * (codes[128 + p] >> (6 - 2 * i) & 3));
+    }
+  std::memcpy(packed, &w.scale, sizeof w.scale);
   return out;
 }
 
@@ -149,6 +150,7 @@ std::vector<OutputTensor> packed_tensors(const GgufFile& file, const Model& mode
         {name + kLowPlaneSuffix, bits == 8 ? TensorType::kLow4 : TensorType::kLow2, shape, std::move(planes.low)});
   };
   const auto add_ternary = [&](const std::string& name, const TernaryMatrix& w) {
+    if (w.packed_bytes() >= w.bytes()) return copy(name);  // short rows, that do not fill a unit
     out.push_back({name, TensorType::kTrits, {w.cols, w.rows}, pack_ternary(file, name, w)});
   };
   add_split("token_embd.weight", model.token_embedding());
