@@ -12,6 +12,9 @@ namespace {
 
 constexpr size_t kRowsPerPiece = 128;  // of a ternary matrix, for one thread at a time: 82 kB at 2,560 columns
 constexpr size_t kLogitRowsPerPiece = 64;
+constexpr size_t kLongContext = 256;    // positions from which one token's attention is cut up
+constexpr size_t kBlocksPerPiece = 16;  // 256 positions: 64 kB of keys in f16
+constexpr size_t kDimsPerPiece = 64;    // two cache lines of each position's value in f16
 constexpr size_t kScreenRowsPerPiece = 256;
 constexpr size_t kCandidatesPerPiece = 16;
 // How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
@@ -33,9 +36,10 @@ size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
   return kernels.lut_lanes == 0 ? 0 : (max_batch + kernels.lut_lanes - 1) / kernels.lut_lanes * kernels.lut_lanes;
 }
 
-size_t score_floats(const Config& c, size_t max_context) {
-  return c.group() * ((max_context + kPositionsPerBlock) & ~(kPositionsPerBlock - 1));
-}
+size_t blocks_of(size_t n_positions) { return (n_positions + kPositionsPerBlock - 1) / kPositionsPerBlock; }
+
+// Heads whose scores are kept at a time: those of a kv head for each thread, or of a whole token.
+size_t score_heads(const Config& c, size_t n_threads) { return std::max(n_threads * c.group(), c.n_heads); }
 
 }  // namespace
 
@@ -84,15 +88,17 @@ Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool&
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
-      scores_(pool.size(), std::vector<float>(score_floats(config_, max_context))) {
+      max_stride_(blocks_of(max_context) * kPositionsPerBlock),
+      scores_(score_heads(config_, pool.size()) * max_stride_),
+      totals_(score_heads(config_, pool.size())) {
   for (size_t i = 0; i < pool.size(); i++) lut_scratch_.emplace_back(kernels.lut_lanes);
 }
 
 size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
   const size_t per_token =
       6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
-  return max_batch * per_token +
-         n_threads * (4 * (max_batch * kRowsPerPiece + score_floats(c, max_context)) + LutScratch::bytes(32));
+  const size_t scores = score_heads(c, n_threads) * blocks_of(max_context) * kPositionsPerBlock;
+  return max_batch * per_token + 4 * scores + n_threads * (4 * max_batch * kRowsPerPiece + LutScratch::bytes(32));
 }
 
 // Section 3 of the model's description, block after block.
@@ -223,16 +229,41 @@ void Transformer::rotate_and_store(std::span<const BatchToken> batch, size_t lay
 }
 
 void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
-  // A piece is a kv head of a token, or half of its query heads where there are few pieces to share out.
+  if (n_ == 1 && batch[0].position >= kLongContext) return attend_long(batch[0], layer);
   const size_t group = config_.group(), head_dim = config_.head_dim;
-  const bool halve = group % 2 == 0 && n_ * config_.n_kv_heads < 4 * pool_.size();
-  const size_t heads = halve ? group / 2 : group, pieces_per_token = config_.n_heads / heads;
-  pool_.for_each(n_ * pieces_per_token, [&](size_t piece, size_t thread) {
+  pool_.for_each(n_ * config_.n_kv_heads, [&](size_t piece, size_t thread) {
     const size_t t = piece % n_,
-                 first_head = piece / n_ * heads;  // tokens of a head in a row: its keys stay in the cache
-    const AttentionSpan span = batch[t].cache->span(layer, first_head / group, batch[t].position + 1);
-    const size_t offset = t * config_.q_dim() + first_head * head_dim;
-    kernels_.attention(&q_[offset], heads, span, scores_[thread].data(), &attention_[offset]);
+                 kv_head = piece / n_;  // tokens of a head in a row: its keys stay in the processor's cache
+    const AttentionSpan span = batch[t].cache->span(layer, kv_head, batch[t].position + 1);
+    const size_t n_blocks = blocks_of(span.n_positions), stride = n_blocks * kPositionsPerBlock;
+    const size_t offset = t * config_.q_dim() + kv_head * group * head_dim;
+    float* scores = &scores_[thread * group * max_stride_];
+    float* totals = &totals_[thread * group];
+    kernels_.attention_scores(&q_[offset], group, span, 0, n_blocks, scores, stride);
+    for (size_t h = 0; h < group; h++) totals[h] = kernels_.softmax(scores + h * stride, span.n_positions);
+    kernels_.attention_values(scores, stride, totals, group, span, 0, head_dim, &attention_[offset]);
+  });
+}
+
+// One token that looks back far: its few kv heads are cut up, so that all threads have work.
+void Transformer::attend_long(const BatchToken& token, size_t layer) {
+  const size_t group = config_.group(), head_dim = config_.head_dim, n_positions = token.position + 1;
+  const size_t n_blocks = blocks_of(n_positions), stride = n_blocks * kPositionsPerBlock;
+  const size_t parts = (n_blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
+  pool_.for_each(config_.n_kv_heads * parts, [&](size_t piece, size_t) {
+    const size_t head = piece / parts * group, first = piece % parts * kBlocksPerPiece;
+    const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
+    kernels_.attention_scores(&q_[head * head_dim], group, span, first, std::min(kBlocksPerPiece, n_blocks - first),
+                              &scores_[head * stride], stride);
+  });
+  pool_.for_each(config_.n_heads,
+                 [&](size_t h, size_t) { totals_[h] = kernels_.softmax(&scores_[h * stride], n_positions); });
+  const size_t slices = (head_dim + kDimsPerPiece - 1) / kDimsPerPiece;
+  pool_.for_each(config_.n_kv_heads * slices, [&](size_t piece, size_t) {
+    const size_t head = piece / slices * group, first = piece % slices * kDimsPerPiece;
+    const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
+    kernels_.attention_values(&scores_[head * stride], stride, &totals_[head], group, span, first,
+                              std::min(kDimsPerPiece, head_dim - first), &attention_[head * head_dim]);
   });
 }
 

@@ -74,6 +74,7 @@ class Transformer {
   void by_multiplication(const Piece& piece, size_t thread);
   void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
   void attend(std::span<const BatchToken> batch, size_t layer);
+  void attend_long(const BatchToken& token, size_t layer);
   void add_to_residual();
   void norm_outputs(std::span<const BatchToken> batch);
   bool can_screen() const;
@@ -110,7 +111,9 @@ class Transformer {
   std::vector<Piece> pieces_;
   std::vector<LutScratch> lut_scratch_;     // a thread each
   std::vector<std::vector<int32_t>> sums_;  // a thread each: (max_batch, kRowsPerPiece)
-  std::vector<std::vector<float>> scores_;  // a thread each: (group, max_context rounded up)
+  size_t max_stride_;                       // positions of the longest context, rounded up to blocks
+  std::vector<float> scores_;  // (heads, max_stride_): of a kv head's query heads for each thread, or of one token
+  std::vector<float> totals_;  // (heads)
 };
 
 }  // namespace bitnet

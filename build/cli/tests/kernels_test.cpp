@@ -205,9 +205,18 @@ TEST_CASE("attention: textbook values, the same bits everywhere, whatever heads 
             k.store_value(&kv[(n + j) * head_dim], values.data(), type, j, head_dim);
           }
           const AttentionSpan span{keys.data(), values.data(), type, n, head_dim};
-          if (!one_by_one) return k.attention(q.data(), n_heads, span, scratch.data(), out.data());
-          for (size_t h = 0; h < n_heads; h++)
-            k.attention(&q[h * head_dim], 1, span, scratch.data(), &out[h * head_dim]);
+          std::vector<float> totals(n_heads);
+          // In one go, or each step in parts.
+          const size_t heads = one_by_one ? 1 : n_heads, blocks = one_by_one ? 1 : capacity / 16,
+                       dims = one_by_one ? 16 : head_dim;
+          for (size_t h = 0; h < n_heads; h += heads)
+            for (size_t b = 0; b < capacity / 16; b += blocks)
+              k.attention_scores(&q[h * head_dim], heads, span, b, blocks, &scratch[h * capacity], capacity);
+          for (size_t h = 0; h < n_heads; h++) totals[h] = k.softmax(&scratch[h * capacity], n);
+          for (size_t h = 0; h < n_heads; h += heads)
+            for (size_t d = 0; d < head_dim; d += dims)
+              k.attention_values(&scratch[h * capacity], capacity, &totals[h], heads, span, d, dims,
+                                 &out[h * head_dim]);
         };
         run(kScalarKernels, false, expected);
         for (size_t h = 0; h < n_heads; h++) {

@@ -2,8 +2,11 @@
 #include "transformer.h"
 
 #include <doctest/doctest.h>
+#include <unistd.h>
 
 #include <cstring>
+#include <filesystem>
+#include <fstream>
 #include <memory>
 
 #include "engine.h"
@@ -157,4 +160,35 @@ TEST_CASE("a session gives the same text with and without its cache, and stops w
     request.n_predict = 0;
     CHECK(session.complete(request, {}, {}).tokens.empty());
   }
+}
+
+TEST_CASE("far back: attention cut up for one token gives the bits of a batch") {
+  // The demo model with a longer context in its header: beyond 256 positions the text has no sense, but every bit is
+  // defined.
+  std::ifstream stream(BITNET_DEMO_MODEL, std::ios::binary);
+  std::string bytes{std::istreambuf_iterator<char>(stream), {}};
+  const std::string key = "bitnet-b1.58.context_length";
+  const uint32_t context = 1024;
+  std::memcpy(&bytes[bytes.find(key) + key.size() + 4], &context, sizeof context);
+  const std::filesystem::path path =
+      std::filesystem::temp_directory_path() / ("bitnet-long-" + std::to_string(getpid()) + ".gguf");
+  std::ofstream(path, std::ios::binary) << bytes;
+  const std::vector<TokenId> ids = some_tokens(700);
+  std::vector<float> expected;
+  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+    for (const size_t n_threads : {1, 2, 5})
+      for (const size_t n_alone : {0, 3}) {  // the last tokens one by one, or all in batches
+        if (!supported(isa) || (isa == Isa::kScalar && n_threads != 2)) continue;
+        EngineOptions o = options(isa, n_threads, 128);
+        o.model_path = path;
+        Engine engine(o);
+        Session session(engine);
+        session.evaluate(std::span(ids).first(ids.size() - n_alone));
+        for (size_t i = ids.size() - n_alone; i < ids.size(); i++) session.evaluate(std::span(ids).subspan(i, 1));
+        std::vector<float> logits(engine.config().n_vocab);
+        engine.transformer.logits(logits.data());
+        if (expected.empty()) expected = logits;
+        CHECK(same_bits(logits, expected));
+      }
+  std::filesystem::remove(path);
 }

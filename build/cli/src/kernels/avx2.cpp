@@ -124,7 +124,9 @@ const Kernels kAvx2Kernels = {
     .rope = avx2::rope,
     .store_key = avx2::store_key,
     .store_value = avx2::store_value,
-    .attention = avx2::attention,
+    .attention_scores = avx2::attention_scores,
+    .softmax = avx2::softmax,
+    .attention_values = avx2::attention_values,
     .screen_rows = avx2::screen_rows,
     .dot_rows = avx2::dot_rows,
 };

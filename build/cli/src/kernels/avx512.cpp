@@ -127,7 +127,9 @@ const Kernels kAvx512Kernels = {
     .rope = avx512::rope,
     .store_key = avx512::store_key,
     .store_value = avx512::store_value,
-    .attention = avx512::attention,
+    .attention_scores = avx512::attention_scores,
+    .softmax = avx512::softmax,
+    .attention_values = avx512::attention_values,
     .screen_rows = avx512::screen_rows,
     .dot_rows = avx512::dot_rows,
 };

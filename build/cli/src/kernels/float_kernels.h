@@ -111,8 +111,8 @@ inline void score(const float* q, size_t head_dim, const T* keys, float factor, 
             mul(acc[b][h], set1(factor)));
 }
 
-// In place: scores → e^(score − largest); returns their sum. Lanes past n become 0.
-inline float softmax_numerators(float* scores, size_t n) {
+// Lanes past n become 0.
+float softmax(float* scores, size_t n) {
   const size_t whole = n / kLanes * kLanes;
   const float lowest = -__builtin_inff();
   F32x16 largest = set1(lowest);
@@ -129,14 +129,15 @@ inline float softmax_numerators(float* scores, size_t n) {
   return sum(total);
 }
 
-// out[h][d] = Σ p[h][position] · v[position][d] / total[h] for H heads and D vectors of dimensions.
+// Adds numerator · v of the positions first … last − 1 to out, for H heads and D vectors of dimensions.
 template <class T, int H, int D>
-inline void weigh(const float* p, size_t stride, const float* totals, const T* values, size_t n, size_t head_dim,
+inline void weigh(const float* p, size_t stride, const T* values, size_t first, size_t last, size_t head_dim,
                   float* out) {
   F32x16 acc[H][D];
   for (int h = 0; h < H; h++)
-    for (int d = 0; d < D; d++) acc[h][d] = zero();
-  for (size_t j = 0; j < n; j++) {
+    for (int d = 0; d < D; d++)
+      acc[h][d] = load(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes);
+  for (size_t j = first; j < last; j++) {
     F32x16 v[D];
     for (int d = 0; d < D; d++) v[d] = load_cached(values + j * head_dim + static_cast<size_t>(d) * kLanes);
     for (int h = 0; h < H; h++) {
@@ -146,43 +147,85 @@ inline void weigh(const float* p, size_t stride, const float* totals, const T* v
   }
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++)
-      store(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes, div(acc[h][d], set1(totals[h])));
+      store(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes, acc[h][d]);
 }
 
 template <class T, int H>
-inline void attend(const float* q, const AttentionSpan& span, float* scores, float* out) {
+inline void score_heads(const float* q, const AttentionSpan& span, size_t first_block, size_t n_blocks, float* scores,
+                        size_t stride) {
+  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim));
+  const size_t block_elements = span.head_dim * kPositionsPerBlock;
   const T* keys = static_cast<const T*>(span.keys);
+  size_t b = first_block;
+  for (; b + kScoreBlocks <= first_block + n_blocks; b += kScoreBlocks)
+    score<T, H, kScoreBlocks>(q, span.head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock,
+                              stride);
+  for (; b < first_block + n_blocks; b++)
+    score<T, H, 1>(q, span.head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock, stride);
+}
+
+template <class T, int H>
+inline void weigh_heads(const float* p, size_t stride, const float* totals, const AttentionSpan& span, size_t first_dim,
+                        size_t n_dims, float* out) {
+  constexpr size_t kChunk = 64;  // positions whose values stay in the L1 cache while all dimensions are done
   const T* values = static_cast<const T*>(span.values);
-  const size_t n = span.n_positions, head_dim = span.head_dim;
-  const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, stride = n_blocks * kPositionsPerBlock;
-  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(head_dim));
-  const size_t block_elements = head_dim * kPositionsPerBlock;
-  size_t b = 0;
-  for (; b + kScoreBlocks <= n_blocks; b += kScoreBlocks)
-    score<T, H, kScoreBlocks>(q, head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock, stride);
-  for (; b < n_blocks; b++)
-    score<T, H, 1>(q, head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock, stride);
-  float totals[H];
-  for (int h = 0; h < H; h++) totals[h] = softmax_numerators(scores + static_cast<size_t>(h) * stride, n);
-  size_t d = 0;
-  for (; d + kWeighVectors * kLanes <= head_dim; d += kWeighVectors * kLanes)
-    weigh<T, H, kWeighVectors>(scores, stride, totals, values + d, n, head_dim, out + d);
-  for (; d < head_dim; d += kLanes) weigh<T, H, 1>(scores, stride, totals, values + d, n, head_dim, out + d);
+  const size_t end = first_dim + n_dims;
+  for (size_t h = 0; h < H; h++)
+    for (size_t d = first_dim; d < end; d += kLanes) store(out + h * span.head_dim + d, zero());
+  for (size_t j = 0; j < span.n_positions; j += kChunk) {
+    const size_t last = j + kChunk < span.n_positions ? j + kChunk : span.n_positions;
+    size_t d = first_dim;
+    for (; d + kWeighVectors * kLanes <= end; d += kWeighVectors * kLanes)
+      weigh<T, H, kWeighVectors>(p, stride, values + d, j, last, span.head_dim, out + d);
+    for (; d < end; d += kLanes) weigh<T, H, 1>(p, stride, values + d, j, last, span.head_dim, out + d);
+  }
+  for (size_t h = 0; h < H; h++)
+    for (size_t d = first_dim; d < end; d += kLanes) {
+      float* place = out + h * span.head_dim + d;
+      store(place, div(load(place), set1(totals[h])));
+    }
+}
+
+// Heads go in groups that the registers hold: four, two, one.
+template <class T>
+inline void score_all(const float* q, size_t n_heads, const AttentionSpan& span, size_t first_block, size_t n_blocks,
+                      float* scores, size_t stride) {
+  const size_t dim = span.head_dim;
+  size_t h = 0;
+  for (; h + 4 <= n_heads; h += 4)
+    score_heads<T, 4>(q + h * dim, span, first_block, n_blocks, scores + h * stride, stride);
+  for (; h + 2 <= n_heads; h += 2)
+    score_heads<T, 2>(q + h * dim, span, first_block, n_blocks, scores + h * stride, stride);
+  for (; h < n_heads; h++) score_heads<T, 1>(q + h * dim, span, first_block, n_blocks, scores + h * stride, stride);
 }
 
 template <class T>
-inline void attend_all(const float* q, size_t n_heads, const AttentionSpan& span, float* scratch, float* out) {
+inline void weigh_all(const float* p, size_t stride, const float* totals, size_t n_heads, const AttentionSpan& span,
+                      size_t first_dim, size_t n_dims, float* out) {
+  const size_t dim = span.head_dim;
   size_t h = 0;
-  for (; h + 4 <= n_heads; h += 4) attend<T, 4>(q + h * span.head_dim, span, scratch, out + h * span.head_dim);
-  for (; h + 2 <= n_heads; h += 2) attend<T, 2>(q + h * span.head_dim, span, scratch, out + h * span.head_dim);
-  for (; h < n_heads; h++) attend<T, 1>(q + h * span.head_dim, span, scratch, out + h * span.head_dim);
+  for (; h + 4 <= n_heads; h += 4)
+    weigh_heads<T, 4>(p + h * stride, stride, totals + h, span, first_dim, n_dims, out + h * dim);
+  for (; h + 2 <= n_heads; h += 2)
+    weigh_heads<T, 2>(p + h * stride, stride, totals + h, span, first_dim, n_dims, out + h * dim);
+  for (; h < n_heads; h++)
+    weigh_heads<T, 1>(p + h * stride, stride, totals + h, span, first_dim, n_dims, out + h * dim);
 }
 
-void attention(const float* queries, size_t n_heads, const AttentionSpan& span, float* scratch, float* out) {
+void attention_scores(const float* q, size_t n_heads, const AttentionSpan& span, size_t first_block, size_t n_blocks,
+                      float* scores, size_t stride) {
   if (span.type == CacheType::kF32)
-    attend_all<float>(queries, n_heads, span, scratch, out);
+    score_all<float>(q, n_heads, span, first_block, n_blocks, scores, stride);
   else
-    attend_all<uint16_t>(queries, n_heads, span, scratch, out);
+    score_all<uint16_t>(q, n_heads, span, first_block, n_blocks, scores, stride);
+}
+
+void attention_values(const float* numerators, size_t stride, const float* totals, size_t n_heads,
+                      const AttentionSpan& span, size_t first_dim, size_t n_dims, float* out) {
+  if (span.type == CacheType::kF32)
+    weigh_all<float>(numerators, stride, totals, n_heads, span, first_dim, n_dims, out);
+  else
+    weigh_all<uint16_t>(numerators, stride, totals, n_heads, span, first_dim, n_dims, out);
 }
 
 // Sixteen weights of a row from element i on.

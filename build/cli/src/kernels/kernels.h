@@ -123,9 +123,17 @@ struct Kernels {
   void (*store_key)(const float* key, void* keys, CacheType type, size_t position, size_t head_dim);
   void (*store_value)(const float* value, void* values, CacheType type, size_t position, size_t head_dim);
 
-  // softmax(q kᵀ / √head_dim) v for n_heads query heads that share one kv head; queries and out are (n_heads,
-  // head_dim), scratch holds n_heads · (n_positions rounded up to 16) floats.
-  void (*attention)(const float* queries, size_t n_heads, const AttentionSpan& span, float* scratch, float* out);
+  // The three steps of softmax(q kᵀ / √head_dim) v for n_heads query heads (n_heads, head_dim) that share one kv head.
+  // Scores are (n_heads, stride) with stride ≥ n_positions rounded up to 16. A step may be done in parts, on several
+  // threads; the bits are the same. … of the blocks of 16 positions first_block … first_block + n_blocks − 1:
+  void (*attention_scores)(const float* queries, size_t n_heads, const AttentionSpan& span, size_t first_block,
+                           size_t n_blocks, float* scores, size_t stride);
+  // … one head's scores → numerators e^(score − largest), in place; returns their sum:
+  float (*softmax)(float* scores, size_t n_positions);
+  // … of the dimensions first_dim … first_dim + n_dims − 1 (multiples of 16): out[h][d] = Σ numerator · v[d] /
+  // totals[h], out (n_heads, head_dim).
+  void (*attention_values)(const float* numerators, size_t stride, const float* totals, size_t n_heads,
+                           const AttentionSpan& span, size_t first_dim, size_t n_dims, float* out);
 
   // For rows of a split type, from their upper plane alone: estimates[r] ≈ Σᵢ w.rows[r][i] · x[i], and the standard
   // deviation of the error for lower bits that are independent of x.

@@ -60,7 +60,9 @@ const Kernels kScalarKernels = {
     .rope = scalar::rope,
     .store_key = scalar::store_key,
     .store_value = scalar::store_value,
-    .attention = scalar::attention,
+    .attention_scores = scalar::attention_scores,
+    .softmax = scalar::softmax,
+    .attention_values = scalar::attention_values,
     .screen_rows = scalar::screen_rows,
     .dot_rows = scalar::dot_rows,
 };
