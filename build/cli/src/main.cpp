@@ -175,6 +175,7 @@ struct Generate {
         ->check([](const std::string& stop) {
           return is_valid_utf8(stop) ? std::string() : "must be UTF-8, got " + bitnet::quoted(stop);
         });
+    c.add_flag("!--no-speculation", completion.speculate, "do not guess ahead; changes no result");
     c.add_flag("--ignore-eos", completion.ignore_eos, "never choose an end-of-generation token");
     c.add_flag("--no-bos", no_bos, "do not begin with the BOS token");
     c.add_flag("--special", special, "parse control tokens spelled in the prompt");
@@ -203,7 +204,7 @@ struct Generate {
                       {"tokens_evaluated", r.n_prompt},
                       {"truncated", r.truncated},
                       {"seed", completion.sampling.seed},
-                      {"timings", timings(r.n_prompt, r.prompt_ms, r.tokens.size(), r.predicted_ms)}};
+                      {"timings", timings(r)}};
     write_out(out.dump() + "\n");
   }
 };

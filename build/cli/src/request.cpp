@@ -148,6 +148,7 @@ CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::
   s.seed = seed < 0 ? random_seed() : static_cast<uint64_t>(seed);
   c.ignore_eos = fields.boolean("ignore_eos", false);
   c.cache_prompt = fields.boolean("cache_prompt", true);
+  c.speculate = fields.boolean("speculate", true);
   if (const Json* stop = fields.find("stop")) {
     if (!stop->is_array() || stop->size() > kMaxStopStrings)
       refuse("stop", "must be an array of at most " + std::to_string(kMaxStopStrings) + " strings, got " +

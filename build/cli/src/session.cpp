@@ -2,6 +2,7 @@
 
 #include <algorithm>
 
+#include "draft.h"
 #include "utf8.h"
 
 namespace bitnet {
@@ -93,14 +94,14 @@ Session::Session(Engine& engine)
 
 void Session::truncate(size_t n_tokens) { cached_.resize(std::min(n_tokens, cached_.size())); }
 
-bool Session::evaluate(std::span<const TokenId> tokens, const std::function<bool()>& abandon) {
+bool Session::evaluate(std::span<const TokenId> tokens, const std::function<bool()>& abandon, size_t n_outputs) {
   std::vector<BatchToken> batch;
   for (size_t done = 0; done < tokens.size(); done += batch.size()) {
     const size_t n = std::min(engine_.transformer.max_batch(), tokens.size() - done);
     batch.clear();
     for (size_t i = 0; i < n; i++)
-      batch.push_back(
-          {tokens[done + i], static_cast<uint32_t>(cached_.size() + i), &cache_, done + i + 1 == tokens.size()});
+      batch.push_back({tokens[done + i], static_cast<uint32_t>(cached_.size() + i), &cache_,
+                       done + i + n_outputs >= tokens.size()});
     if (!engine_.transformer.forward(batch, abandon)) return false;
     cached_.insert(cached_.end(), tokens.begin() + static_cast<std::ptrdiff_t>(done),
                    tokens.begin() + static_cast<std::ptrdiff_t>(done + n));
@@ -108,10 +109,10 @@ bool Session::evaluate(std::span<const TokenId> tokens, const std::function<bool
   return true;
 }
 
-TokenId Session::next_token(Sampler& sampler, std::span<const TokenId> history) {
+TokenId Session::next_token(Sampler& sampler, size_t which, std::span<const TokenId> history) {
   if (const size_t wanted = sampler.candidates_wanted(); wanted > 0)
-    return sampler.sample(engine_.transformer.best(0, wanted));
-  engine_.transformer.logits(logits_.data());
+    return sampler.sample(engine_.transformer.best(which, wanted));
+  engine_.transformer.logits(logits_.data(), which);
   return sampler.sample(std::span(logits_), history);
 }
 
@@ -164,8 +165,11 @@ CompletionResult Session::complete(const Completion& request, const OnPiece& on_
   const size_t room = engine_.n_ctx - result.n_prompt;
   const size_t limit = request.n_predict < 0 ? room : std::min(room, static_cast<size_t>(request.n_predict));
   result.stop_type = StopType::kLimit;
+  Drafter drafter(request.speculate ? std::min(engine_.max_draft(), engine_.transformer.max_batch() - 1) : 0);
+  std::vector<TokenId> draft;  // computed after the last token, the guesses at what follows it
+  size_t checked = 0;          // of them, found right
   while (result.tokens.size() < limit && !interrupted()) {
-    const TokenId token = next_token(sampler, history);
+    const TokenId token = next_token(sampler, checked, history);
     result.tokens.push_back(token);
     history.push_back(token);
     if (std::binary_search(end_tokens.begin(), end_tokens.end(), token)) {
@@ -177,8 +181,22 @@ CompletionResult Session::complete(const Completion& request, const OnPiece& on_
       break;
     }
     show(false);
-    if (result.tokens.size() < limit && !evaluate({&token, 1}, interrupted)) break;
+    if (result.tokens.size() == limit) break;
+    if (checked < draft.size() && draft[checked] == token) {
+      checked++;
+      result.n_accepted++;
+      continue;
+    }
+    if (!draft.empty()) drafter.learn(draft.size(), checked);
+    truncate(history.size() - 1);  // what was guessed wrongly
+    draft = drafter.propose(history, limit - result.tokens.size() - 1);
+    checked = 0;
+    result.n_drafted += draft.size();
+    std::vector<TokenId> next{token};
+    next.insert(next.end(), draft.begin(), draft.end());
+    if (!evaluate(next, interrupted, next.size())) break;
   }
+  truncate(history.size() - 1);
   if (result.stop_type != StopType::kWord && stream.finish()) result.stop_type = StopType::kWord;
   show(true);
   result.content = stream.text();

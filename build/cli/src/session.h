@@ -25,6 +25,7 @@ struct Completion {
   std::vector<std::string> stop;  // empty strings are ignored
   bool ignore_eos = false;
   bool cache_prompt = true;
+  bool speculate = true;  // guess ahead and check; changes no result
   std::optional<Clock::time_point> deadline;
 };
 
@@ -39,6 +40,8 @@ struct CompletionResult {
   bool truncated = false;  // the context was full before n_predict
   size_t n_prompt = 0;     // tokens of the prompt
   size_t n_cached = 0;     // of them, taken from the cache
+  size_t n_drafted = 0;    // tokens guessed ahead
+  size_t n_accepted = 0;   // of them, right
   double prompt_ms = 0.0;
   double predicted_ms = 0.0;
 };
@@ -61,13 +64,14 @@ class Session {
   CompletionResult complete(const Completion& request, const OnPiece& on_piece, const std::function<bool()>& cancelled);
 
   // Computes the tokens after those already cached, in batches; false when it was abandoned. The transformer then has
-  // the output of the last one.
-  bool evaluate(std::span<const TokenId> tokens, const std::function<bool()>& abandon = {});
+  // the outputs of the last n_outputs tokens, all of which must fit into one batch.
+  bool evaluate(std::span<const TokenId> tokens, const std::function<bool()>& abandon = {}, size_t n_outputs = 1);
   void truncate(size_t n_tokens);  // forgets the positions from n_tokens on
   size_t n_cached() const { return cached_.size(); }
 
  private:
-  TokenId next_token(Sampler& sampler, std::span<const TokenId> history);
+  // From the transformer's output number `which`.
+  TokenId next_token(Sampler& sampler, size_t which, std::span<const TokenId> history);
 
   Engine& engine_;
   KvCache cache_;

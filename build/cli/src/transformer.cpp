@@ -280,12 +280,17 @@ void Transformer::norm_outputs(std::span<const BatchToken> batch) {
                         &outputs_[n_wanting_++ * config_.dim]);
 }
 
-void Transformer::logits(float* out) {
+void Transformer::logits(float* out) { multiply_output(outputs_.data(), n_wanting_, out); }
+
+void Transformer::logits(float* out, size_t which) { multiply_output(&outputs_[which * config_.dim], 1, out); }
+
+// out (n, n_vocab) = x (n, dim) times the output matrix.
+void Transformer::multiply_output(const float* x, size_t n, float* out) {
+  if (n == 0) return;
   const FloatRows& output = model_.output();
-  if (n_wanting_ == 0) return;
   pool_.for_each((output.rows + kLogitRowsPerPiece - 1) / kLogitRowsPerPiece, [&](size_t piece, size_t) {
     const size_t first = piece * kLogitRowsPerPiece, count = std::min(kLogitRowsPerPiece, output.rows - first);
-    kernels_.dot_rows(output.slice(first, count), outputs_.data(), n_wanting_, out + first, output.rows);
+    kernels_.dot_rows(output.slice(first, count), x, n, out + first, output.rows);
   });
 }
 
@@ -360,12 +365,8 @@ std::vector<Candidate> Transformer::best(size_t which, size_t k) {
   if (can_screen()) {
     screened_best(x, k, candidates);
   } else {
-    const FloatRows& output = model_.output();
-    estimates_.resize(output.rows);
-    pool_.for_each((output.rows + kLogitRowsPerPiece - 1) / kLogitRowsPerPiece, [&](size_t piece, size_t) {
-      const size_t first = piece * kLogitRowsPerPiece, count = std::min(kLogitRowsPerPiece, output.rows - first);
-      kernels_.dot_rows(output.slice(first, count), x, 1, &estimates_[first], output.rows);
-    });
+    estimates_.resize(config_.n_vocab);
+    multiply_output(x, 1, estimates_.data());
     candidates = best_of(estimates_, k);
   }
   std::sort(candidates.begin(), candidates.end(), better);

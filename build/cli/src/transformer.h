@@ -48,6 +48,7 @@ class Transformer {
 
   // Of the last batch, for the tokens that wanted logits, in their order: all logits, (n_wanting, n_vocab), …
   void logits(float* out);
+  void logits(float* out, size_t which);  // … those of one of them, (n_vocab), …
   // … or the k largest of one of them, best first, with the bits that logits() gives. Of a split output matrix only the
   // upper plane is read whole; rows that it leaves a chance to are then computed exactly.
   std::vector<Candidate> best(size_t which, size_t k);
@@ -77,6 +78,7 @@ class Transformer {
   void attend_long(const BatchToken& token, size_t layer);
   void add_to_residual();
   void norm_outputs(std::span<const BatchToken> batch);
+  void multiply_output(const float* x, size_t n, float* out);
   bool can_screen() const;
   void prepare_screen(const float* x, Screen& screen);
   void screened_best(const float* x, size_t k, std::vector<Candidate>& out);

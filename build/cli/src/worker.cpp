@@ -309,7 +309,7 @@ class Worker {
             {"tokens_cached", r.n_cached},
             {"truncated", r.truncated},
             {"seed", request.completion.sampling.seed},
-            {"timings", timings(r.n_prompt - r.n_cached, r.prompt_ms, r.tokens.size(), r.predicted_ms)}};
+            {"timings", timings(r)}};
   }
 
   static Json error_event(const std::string& id, const std::string& code, const std::string& field,

@@ -192,3 +192,48 @@ TEST_CASE("far back: attention cut up for one token gives the bits of a batch") 
       }
   std::filesystem::remove(path);
 }
+
+TEST_CASE("guessing ahead changes nothing but the number of passes") {
+  size_t accepted = 0;
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+    if (!supported(isa)) continue;
+    Engine engine(options(isa, 2, 128));
+    for (const float temperature : {0.0f, 0.4f, 1.0f})
+      for (const float repeat_penalty : {1.0f, 1.1f})
+        for (const char* text :
+             {"Once upon a time", "The wolf ate the goat. The wolf ate the goat. The wolf ate the goat. The wolf"})
+          for (const int32_t n_predict : {1, 2, 40, -1}) {
+            Completion request;
+            request.prompt = text_prompt(engine.tokenizer, text, true, false);
+            request.n_predict = n_predict;
+            request.sampling.temperature = temperature;
+            request.sampling.repeat_penalty = repeat_penalty;
+            request.sampling.seed = 5;
+            Session session(engine);
+            const CompletionResult with = session.complete(request, {}, {});
+            request.cache_prompt = false;
+            request.speculate = false;
+            const CompletionResult without = session.complete(request, {}, {});
+            CHECK(with.tokens == without.tokens);
+            CHECK(with.content == without.content);
+            CHECK(with.stop_type == without.stop_type);
+            CHECK(with.truncated == without.truncated);
+            CHECK(without.n_drafted == 0);
+            CHECK(with.n_accepted <= with.n_drafted);
+            accepted += with.n_accepted;
+            // The cache that guesses leave behind is as good as one without.
+            Completion again = request;
+            again.prompt.insert(again.prompt.end(), with.tokens.begin(),
+                                with.tokens.begin() + static_cast<std::ptrdiff_t>(with.tokens.size() / 2));
+            if (again.prompt.size() + 8 > engine.n_ctx) continue;
+            again.n_predict = 8;
+            again.sampling.temperature = 0.0f;
+            const std::vector<TokenId> fresh = session.complete(again, {}, {}).tokens;
+            Session other(engine);
+            request.cache_prompt = again.cache_prompt = request.speculate = true;
+            other.complete(request, {}, {});
+            CHECK(other.complete(again, {}, {}).tokens == fresh);
+          }
+  }
+  CHECK(accepted > 100);
+}

@@ -1,0 +1,29 @@
+#include "draft.h"
+
+#include <algorithm>
+
+namespace bitnet {
+
+std::vector<TokenId> Drafter::propose(std::span<const TokenId> history, size_t limit) {
+  if (pause_ > 0) {
+    pause_--;
+    return {};
+  }
+  const size_t length = std::min(length_, limit);
+  if (length == 0 || history.size() <= kMatch) return {};
+  const std::span<const TokenId> tail = history.last(kMatch);
+  for (size_t end = history.size() - 1; end >= kMatch; end--)  // the latest place first
+    if (std::equal(tail.begin(), tail.end(), history.begin() + static_cast<std::ptrdiff_t>(end - kMatch))) {
+      const std::span<const TokenId> next = history.subspan(end, std::min(length, history.size() - end));
+      return {next.begin(), next.end()};
+    }
+  return {};
+}
+
+void Drafter::learn(size_t n_drafted, size_t n_accepted) {
+  length_ = n_accepted == n_drafted ? std::min(2 * length_, max_length_) : n_accepted + 1;
+  misses_ = n_accepted == 0 ? misses_ + 1 : 0;
+  if (misses_ > 0) pause_ = std::min(size_t{1} << std::min(misses_, size_t{6}), kMaxPause);
+}
+
+}  // namespace bitnet
