@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import base64
+import itertools
 import json
 import logging
 import re
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import closing
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 
-from aws_lambda_powertools.event_handler import LambdaFunctionUrlResolver, Response
+from aws_lambda_powertools.event_handler import CORSConfig, LambdaFunctionUrlResolver, Response
 
-from function import schema
+from function import chat_template, openai, schema
 from function.engine import Cancellation, Engine, EngineError, Event, RefusedError
+from function.metrics import CONTENT_TYPE as METRICS
+from function.metrics import Metrics
 from function.model_store import ModelError
-from function.schema import ApiError
+from function.schema import Answer, ApiError, CompletionRequest
 
 if TYPE_CHECKING:
     from function.settings import Settings
@@ -32,16 +35,18 @@ JSON_TYPE = re.compile(  # curl -d says of any body that it is a form
     r"""\s*(application/(.+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(;\s*charset="?(utf-8|us-ascii)"?\s*)?""",
     re.IGNORECASE,
 )
+KNOWN_FIELDS = schema.KNOWN_FIELDS | openai.KNOWN_FIELDS
+CORS_MAX_AGE_S = 86_400
 RETRY_AFTER_S = 1
 HUNG_UP = 499  # logged as nginx does; nobody is there to receive it
 
 
 class HttpReply(TypedDict):
-    """An answer to a Function URL (payload 2.0), but for `body`: that of a stream is an iterator of its events."""
+    """An answer to a Function URL (payload 2.0), but for `body`: that of a stream generates its events."""
 
     statusCode: int
     headers: dict[str, str]
-    body: str | Iterator[str]
+    body: str | Generator[str]
     isBase64Encoded: bool
 
 
@@ -51,19 +56,14 @@ class Call:
 
     request_id: str
     deadline: float | None = None  # time.monotonic() at which the answer must be out
+    prompt_field: str = "prompt"  # of the request
     cancellation: Cancellation = field(default_factory=Cancellation)
     record: dict[str, Any] = field(default_factory=dict)
+    failure: ApiError | None = None  # what the answer says instead, or at its end if it is a stream
     began: float = field(default_factory=time.monotonic)
 
-    def log(self, status: int) -> None:
-        """The one line of this request. Nothing that the user wrote is in it, nor what was answered."""
-        duration_ms = round((time.monotonic() - self.began) * 1e3, 1)
-        logger.info(
-            "request", extra={"request_id": self.request_id, "status": status, "duration_ms": duration_ms} | self.record
-        )
 
-
-Operation = Callable[[Mapping[str, Any], Call], dict[str, Any] | Iterator[str]]  # an answer, or a stream
+Operation = Callable[[Mapping[str, Any], Call], dict[str, Any] | str | Generator[str]]  # JSON, a text or a stream
 
 
 class Api:
@@ -72,29 +72,47 @@ class Api:
     def __init__(self, settings: Settings, engine: Engine) -> None:
         self._settings = settings
         self._engine = engine
+        self._metrics = Metrics()
+        self._created = int(time.time())
         self._routes: dict[tuple[str, str], Operation] = {
             ("POST", "/completion"): self._completion,
+            ("POST", "/v1/completions"): self._text_completion,
+            ("POST", "/v1/chat/completions"): self._chat_completion,
+            ("GET", "/v1/models"): self._models,
+            ("GET", "/v1/models/<model>"): self._model,
+            ("POST", "/tokenize"): self._tokenize,
+            ("POST", "/detokenize"): self._detokenize,
+            ("POST", "/apply-template"): self._apply_template,
+            ("GET", "/props"): self._props,
             ("GET", "/health"): self._health,
+            ("GET", "/metrics"): self._metrics_text,
+            ("GET", "/openapi.json"): self._openapi,
         }
         self._resolving = threading.Lock()  # Powertools keeps the request that it resolves in class attributes
-        self._resolver = LambdaFunctionUrlResolver()
+        self._resolver = LambdaFunctionUrlResolver(cors=_cors(settings))
         for (method, path), operation in self._routes.items():
-            self._resolver.route(path, method=method)(_chosen(operation))
-        self._resolver.not_found(_chosen(self._not_found))
+            self._resolver.route(path, method=method)(_chosen(operation, path))
+        self._resolver.not_found(_chosen(self._not_found, None))
 
     def http(self, event: dict[str, Any], call: Call) -> HttpReply:
         """Answers a Function URL event (payload 2.0). Every failure is an answer too."""
+        headers: dict[str, str] = {}
         try:
             _check_event(event)
             with self._resolving:
                 reply = self._resolver.resolve(event, None)  # type: ignore[arg-type]
+            headers = reply["headers"]
+            if isinstance(reply["body"], str):  # a browser asks whether a page may
+                return self._reply(reply["statusCode"], reply["body"], call, None, headers)
             body = reply["body"](event, call)
         except Exception as error:
             failure = _api_error(error, call)
-            return _http_reply(failure.status, _dump(failure.body()), call, JSON, failure.headers)
+            return self._reply(failure.status, _dump(failure.body()), call, JSON, headers | failure.headers)
         if isinstance(body, dict):
-            return _http_reply(200, _dump(body), call, JSON, reply["headers"])
-        return _http_reply(200, body, call, SSE, reply["headers"] | {"cache-control": "no-cache"})
+            return self._reply(200, _dump(body), call, JSON, headers)
+        if isinstance(body, str):
+            return self._reply(200, body, call, METRICS, headers)
+        return self._reply(200, body, call, SSE, headers | {"cache-control": "no-cache"})
 
     def invoke(self, event: object, call: Call) -> dict[str, Any]:
         """Answers a direct invocation, whose payload is the body of `/completion`, with the same JSON, less the HTTP.
@@ -111,34 +129,87 @@ class Api:
             if request.stream:
                 message = "'stream' must be false: a direct invocation gets its answer in one piece"
                 raise schema.invalid(message, param="stream", code="unsupported_field")
-            (body,) = self._bodies(request, call)
+            body = self._whole(request, schema.LlamaAnswer(request), call)
         except Exception as error:
             failure = _api_error(error, call)
-            call.log(failure.status)
+            self._finish(call, failure.status)
             body = failure.body()
             body["error"]["status"] = failure.status
             return body
-        call.log(200)
+        self._finish(call, 200)
         return body
 
-    def _completion(self, event: Mapping[str, Any], call: Call) -> dict[str, Any] | Iterator[str]:
-        call.record["route"] = "/completion"
+    def _completion(self, event: Mapping[str, Any], call: Call) -> dict[str, Any] | Generator[str]:
         request = schema.parse_completion(schema.parse_object(_body(event)), self._settings)
-        bodies = self._bodies(request, call)
-        if request.stream:
-            first = next(bodies)  # what is refused, is refused before the stream begins
-            return self._stream(first, bodies, call)
-        (body,) = bodies
-        return body
+        return self._answer(request, schema.LlamaAnswer(request), call)
 
-    def _health(self, _event: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        call.record["route"] = "/health"
+    def _text_completion(self, event: Mapping[str, Any], call: Call) -> dict[str, Any] | Generator[str]:
+        request = openai.parse_text(schema.parse_object(_body(event)), self._settings)
+        self._named(request.model, call)
+        return self._answer(
+            request.completion, openai.TextAnswer(f"cmpl-{call.request_id}", request.include_usage), call
+        )
+
+    def _chat_completion(self, event: Mapping[str, Any], call: Call) -> dict[str, Any] | Generator[str]:
+        call.prompt_field = "messages"
+        request = openai.parse_chat(schema.parse_object(_body(event)), self._settings)
+        ready = self._named(request.model, call)
+        prompt = chat_template.tokens(request.messages, ready["bos"], ready["eot"])
+        answer = openai.ChatAnswer(f"chatcmpl-{call.request_id}", request.include_usage)
+        return self._answer(replace(request.completion, prompt=prompt), answer, call)
+
+    def _models(self, _event: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        name = self._engine.describe(call.deadline)["model"]["name"]
+        return {"object": "list", "data": [openai.model_body(name, self._created)]}
+
+    def _model(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        name = event["requestContext"]["http"]["path"].removeprefix("/v1/models/")
+        return openai.model_body(self._named(name, call)["model"]["name"], self._created)
+
+    def _tokenize(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        kinds = schema.tokenize_kinds(self._settings)
+        given = schema.check(schema.parse_object(_body(event)), kinds, ["content"], schema.TOKENIZE_NEUTRAL)
+        add_bos, special = given.get("add_special", False), given.get("parse_special", False)
+        tokens = self._engine.tokenize(given["content"], add_bos=add_bos, special=special, deadline=call.deadline)
+        return {"tokens": tokens}
+
+    def _detokenize(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        given = schema.check(schema.parse_object(_body(event)), schema.DETOKENIZE_KINDS, ["tokens"])
+        return {"content": self._engine.detokenize(given["tokens"], call.deadline)}
+
+    def _apply_template(self, event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
+        kinds = openai.template_kinds(self._settings)
+        given = schema.check(schema.parse_object(_body(event)), kinds, ["messages"])
+        return {"prompt": chat_template.text(given["messages"])}
+
+    def _props(self, _event: Mapping[str, Any], call: Call) -> dict[str, Any]:
+        ready = self._engine.describe(call.deadline)
+        defaults = schema.completion_request({"prompt": ""}, self._settings).generation_settings(-1)
+        return {
+            "default_generation_settings": {"n_ctx": ready["n_ctx"], "params": defaults},
+            "total_slots": 1,
+            "model_path": ready["model"]["path"],
+            "chat_template": chat_template.JINJA,
+            "bos_token": chat_template.BEGIN,
+            "eos_token": chat_template.END_OF_TURN,
+            "build_info": ready["version"],
+            "model": {name: value for name, value in ready["model"].items() if name != "path"},
+        }
+
+    def _metrics_text(self, _event: Mapping[str, Any], _call: Call) -> str:
+        return self._metrics.text(self._engine.in_flight)
+
+    def _openapi(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
+        from function import openapi
+
+        return openapi.document(self._settings)
+
+    def _health(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         if (state := self._engine.state) == "loading":
             raise ApiError(503, "model_loading", "the model is being loaded", retry_after_s=RETRY_AFTER_S)
         return {"status": "ok", "model": state}
 
-    def _not_found(self, event: Mapping[str, Any], call: Call) -> NoReturn:
-        call.record["route"] = None
+    def _not_found(self, event: Mapping[str, Any], _call: Call) -> NoReturn:
         http = event["requestContext"]["http"]
         allowed = [method for method, path in self._routes if path == http["path"]]
         if allowed:
@@ -147,37 +218,98 @@ class Api:
         routes = ", ".join(f"{method} {path}" for method, path in self._routes)
         raise ApiError(404, "not_found", f"no route {schema.describe(http['path'])}; there are {routes}")
 
-    def _bodies(self, request: schema.CompletionRequest, call: Call) -> Generator[dict[str, Any]]:
-        """The answer's bodies: those of the tokens if it is streamed, then the one with everything."""
-        fields = request.for_engine()
-        with closing(self._engine.complete(fields, deadline=call.deadline, cancellation=call.cancellation)) as events:
-            for event in events:
-                if event["event"] == "token":
-                    yield schema.token_body(event)
-                else:
-                    call.record |= _statistics(event)
-                    yield schema.completion_body(request, event, self._engine.model_name)
+    def _named(self, model: str | None, call: Call) -> Event:
+        """The worker's `ready` event, if `model` is what it has or None."""
+        ready = self._engine.describe(call.deadline)
+        name = ready["model"]["name"]
+        if model not in (None, name):
+            message = f"there is no model {schema.describe(model)}: leave it out or send {json.dumps(name)}"
+            raise ApiError(404, "model_not_found", message, param="model")
+        return ready
 
-    def _stream(self, first: dict[str, Any], rest: Generator[dict[str, Any]], call: Call) -> Iterator[str]:
+    def _answer(self, request: CompletionRequest, answer: Answer, call: Call) -> dict[str, Any] | Generator[str]:
+        if not request.stream:
+            return self._whole(request, answer, call)
+        events = self._events(request, call)
+        first = next(events)  # what is refused, is refused before the stream begins
+        return self._stream(first, events, answer, call)
+
+    def _whole(self, request: CompletionRequest, answer: Answer, call: Call) -> dict[str, Any]:
+        (done,) = self._events(request, call)
+        call.record |= _statistics(done)
+        return answer.whole(done, self._engine.model_name)
+
+    def _events(self, request: CompletionRequest, call: Call) -> Generator[Event]:
+        return self._engine.complete(request.for_engine(), deadline=call.deadline, cancellation=call.cancellation)
+
+    def _stream(self, first: Event, rest: Generator[Event], answer: Answer, call: Call) -> Generator[str]:
         """The text of server-sent events. Closing it cancels the computation."""
         status = HUNG_UP
+        model = self._engine.model_name
         try:
             with closing(rest):
-                yield _sse(first)
-                for body in rest:
+                for body in answer.opening(model):
                     yield _sse(body)
+                for event in itertools.chain([first], rest):
+                    if event["event"] == "token":
+                        yield _sse(answer.piece(event, model))
+                    else:
+                        call.record |= _statistics(event)
+                        for body in answer.closing(event, model):
+                            yield _sse(body)
+            if answer.end:
+                yield answer.end
             status = 200
         except Exception as error:
             failure = _api_error(error, call)
             status = failure.status
             yield _sse(failure.body())
         finally:
-            call.log(status)
+            self._finish(call, status)
+
+    def _reply(
+        self,
+        status: int,
+        body: str | Generator[str],
+        call: Call,
+        content_type: str | None,
+        headers: Mapping[str, str],
+    ) -> HttpReply:
+        if isinstance(body, str):  # a stream is counted when it ends
+            self._finish(call, status)
+        headers = {"x-request-id": call.request_id, **headers}
+        if content_type is not None:
+            headers = {"content-type": content_type, **headers}
+        if self._settings.cors_allow_origins:
+            headers["vary"] = "origin"
+        return {"statusCode": status, "headers": headers, "body": body, "isBase64Encoded": False}
+
+    def _finish(self, call: Call, status: int) -> None:
+        """Counts the request and logs its one line. Nothing that the user wrote is in it, nor what was answered."""
+        self._metrics.count(status, call.record)
+        duration_ms = round((time.monotonic() - call.began) * 1e3, 1)
+        logger.info(
+            "request", extra={"request_id": call.request_id, "status": status, "duration_ms": duration_ms} | call.record
+        )
 
 
-def _chosen(operation: Operation) -> Callable[..., Response[Operation]]:
+def _chosen(operation: Operation, route: str | None) -> Callable[..., Response[Operation]]:
     """A route that only says which operation it is: that runs later, when the resolver serves the next request."""
-    return lambda *_: Response(status_code=200, body=operation)
+
+    def run(event: Mapping[str, Any], call: Call) -> dict[str, Any] | str | Generator[str]:
+        call.record["route"] = route
+        return operation(event, call)
+
+    return lambda *_, **__: Response(status_code=200, body=run)
+
+
+def _cors(settings: Settings) -> CORSConfig | None:
+    if not settings.cors_allow_origins:
+        return None
+    first, *others = settings.cors_allow_origins.split(",")
+    return CORSConfig(
+        first, others, allow_headers=["*"], expose_headers=["x-request-id", "retry-after"], max_age=CORS_MAX_AGE_S
+    )
 
 
 def _check_event(event: Mapping[str, Any]) -> None:
@@ -209,9 +341,9 @@ def _body(event: Mapping[str, Any]) -> bytes:
 
 def _api_error(error: Exception, call: Call) -> ApiError:
     """The answer to whatever went wrong, noted in the record; the text of an unforeseen error is not: it may quote."""
-    failure = _translate(error)
+    call.failure = failure = _translate(error, call)
     call.record["error_code"] = failure.code
-    if failure.param in schema.KNOWN_FIELDS:
+    if failure.param in KNOWN_FIELDS:
         call.record["param"] = failure.param
     if failure.status >= 500 and isinstance(error, EngineError | ModelError | RefusedError):
         call.record["error_message"] = failure.message
@@ -221,13 +353,13 @@ def _api_error(error: Exception, call: Call) -> ApiError:
     return failure
 
 
-def _translate(error: Exception) -> ApiError:
+def _translate(error: Exception, call: Call) -> ApiError:
     match error:
         case ApiError():
             return error
         case RefusedError(event=event) if event["code"] in ("invalid_request", "context_length_exceeded"):
             details: dict[str, int] = {name: event[name] for name in ("n_prompt", "n_ctx") if name in event}
-            param = "prompt" if details else event["field"]
+            param = call.prompt_field if details else event["field"]
             code = event["code"] if details else "invalid_value"
             return ApiError(400, code, event["message"], param=param, details=details)
         case RefusedError():
@@ -242,15 +374,6 @@ def _translate(error: Exception) -> ApiError:
 def _statistics(done: Event) -> dict[str, Any]:
     counts = {name: done[name] for name in ("stop_type", "tokens_predicted", "tokens_evaluated", "tokens_cached")}
     return counts | {name: round(done["timings"][name], 1) for name in ("prompt_ms", "predicted_ms")}
-
-
-def _http_reply(
-    status: int, body: str | Iterator[str], call: Call, content_type: str, headers: Mapping[str, str]
-) -> HttpReply:
-    if isinstance(body, str):  # a stream is logged when it ends
-        call.log(status)
-    headers = {"content-type": content_type, "x-request-id": call.request_id, **headers}
-    return {"statusCode": status, "headers": headers, "body": body, "isBase64Encoded": False}
 
 
 def _sse(body: Mapping[str, Any]) -> str:

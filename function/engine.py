@@ -9,7 +9,7 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing, contextmanager, suppress
@@ -141,6 +141,20 @@ class Engine:
         name: str = self._worker.ready.result()["model"]["name"]
         return name
 
+    @property
+    def in_flight(self) -> int:
+        """Completions that compute or wait."""
+        return self._in_flight
+
+    def describe(self, deadline: float | None = None) -> Event:
+        """The worker's `ready` event, about the model; waits for it, until `deadline` (of `time.monotonic()`).
+
+        Raises:
+            ModelError: there is no model.
+            EngineError: there is no engine.
+        """
+        return self._ready_worker(deadline).ready.result()
+
     def load(self) -> Future[_Worker]:
         """Begins to load the model unless that has been done; does not wait. The future holds the error if it fails."""
         with self._lock:
@@ -166,24 +180,21 @@ class Engine:
             ModelError: there is no model.
             EngineError: there is no engine.
         """
-        cancellation = cancellation or Cancellation()
         with self._admitted():
-            for may_retry in (True, False):
-                worker = self._ready_worker(deadline)
-                timed = self._timed(request, deadline)
-                begun = False
-                try:
-                    with closing(worker.ask(timed, self._give_up_at(deadline), cancellation)) as events:
-                        for event in events:
-                            begun = True
-                            yield event
-                    return
-                except DiedError:
-                    if self._stop.is_set():
-                        raise StoppingError(STOPPING) from None
-                    if begun or not may_retry:
-                        raise
-                    logger.warning("the worker died before it answered; asking a new one")
+            yield from self._ask("completion", request, deadline, cancellation or Cancellation())
+
+    def tokenize(self, content: str, *, add_bos: bool, special: bool, deadline: float | None = None) -> list[int]:
+        """The token ids of a text. Does not wait for what is being computed. Raises what `complete` does."""
+        request = {"content": content, "add_bos": add_bos, "special": special}
+        (done,) = self._ask("tokenize", request, deadline, Cancellation())
+        tokens: list[int] = done["tokens"]
+        return tokens
+
+    def detokenize(self, tokens: Sequence[int], deadline: float | None = None) -> str:
+        """The text of token ids. Does not wait for what is being computed. Raises what `complete` does."""
+        (done,) = self._ask("detokenize", {"tokens": tokens}, deadline, Cancellation())
+        content: str = done["content"]
+        return content
 
     def cancel_all(self) -> None:
         """Ends every request, running and queued, within one token, and takes no new ones."""
@@ -217,6 +228,26 @@ class Engine:
         else:
             with suppress(InvalidStateError):
                 loaded.set_result(worker)
+
+    def _ask(
+        self, op: str, request: Mapping[str, Any], deadline: float | None, cancellation: Cancellation
+    ) -> Generator[Event]:
+        for may_retry in (True, False):
+            worker = self._ready_worker(deadline)
+            timed = self._timed(request, deadline) if op == "completion" else request
+            begun = False
+            try:
+                with closing(worker.ask(op, timed, self._give_up_at(deadline), cancellation)) as events:
+                    for event in events:
+                        begun = True
+                        yield event
+                return
+            except DiedError:
+                if self._stop.is_set():
+                    raise StoppingError(STOPPING) from None
+                if begun or not may_retry:
+                    raise
+                logger.warning("the worker died before it answered; asking a new one")
 
     def _command(self, model: Path) -> list[str]:
         settings = self._settings
@@ -283,8 +314,10 @@ class _Worker:
         logs.start()
         threading.Thread(target=self._dispatch, args=(logs,), name="worker-events", daemon=True).start()
 
-    def ask(self, request: Mapping[str, Any], give_up_at: float | None, cancellation: Cancellation) -> Generator[Event]:
-        """Sends a completion and yields its events; cancels it if the caller goes away."""
+    def ask(
+        self, op: str, request: Mapping[str, Any], give_up_at: float | None, cancellation: Cancellation
+    ) -> Generator[Event]:
+        """Sends a request and yields its events; cancels it if the caller goes away."""
         name = str(next(self._ids))
         inbox: SimpleQueue[Event | None] = SimpleQueue()
         with self._lock:
@@ -293,7 +326,7 @@ class _Worker:
             self._inboxes[name] = inbox
         finished = False
         try:
-            self._send({"op": "completion", "id": name, **request})
+            self._send({"op": op, "id": name, **request})
             cancellation.attach(partial(self._cancel, name))
             while not finished:
                 try:

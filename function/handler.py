@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 from aws_lambda_powertools import Logger
 
-from function.api import Api, Call
+from function.api import Api, Call, HttpReply
 from function.engine import Engine
 from function.model_store import ModelStore
 from function.settings import Settings
@@ -49,20 +49,39 @@ def application() -> Application:
     return Application(settings, engine, Api(settings, engine))
 
 
-def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any]:
-    """What Lambda calls, with a Function URL's request or a direct invocation. A stream is answered in one piece."""
+@dataclass(frozen=True)
+class Stream:
+    """An answer that leaves as it is computed. `call.failure` is set once `reply["body"]` has ended with an error."""
+
+    reply: HttpReply
+    call: Call
+
+
+def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | Stream:
+    """What Lambda calls, with an HTTP request or a direct invocation.
+
+    Where the Function URL has INVOKE_MODE=RESPONSE_STREAM, every answer to it is a `Stream`, which `function.runtime`
+    understands. Everywhere else a stream is answered in one piece.
+    """
     deadline = time.monotonic() + context.get_remaining_time_in_millis() / 1e3
     call = Call(context.aws_request_id, deadline)
-    api = application().api
-    if not is_function_url(event):
-        return api.invoke(event, call)
-    reply = api.http(event, call)
+    parts = application()
+    if not is_http(event):
+        return parts.api.invoke(event, call)
+    reply = parts.api.http(event, call)
+    if parts.settings.invoke_mode == "RESPONSE_STREAM" and is_function_url(event):
+        return Stream(reply, call)
     if not isinstance(reply["body"], str):
         reply["body"] = "".join(reply["body"])
     return reply
 
 
-def is_function_url(event: Any) -> bool:
+def is_function_url(event: Mapping[str, Any]) -> bool:
+    """Whether an HTTP request came from a Function URL: an HTTP API sends the same payload, but takes no streams."""
+    return ".lambda-url." in str(event["requestContext"].get("domainName"))
+
+
+def is_http(event: Any) -> bool:
     """Whether `event` is an HTTP request of payload version 2.0; everything else was invoked directly.
 
     https://docs.aws.amazon.com/lambda/latest/dg/urls-invocation.html#urls-payloads

@@ -9,9 +9,9 @@ Validation is written out here because importing a validation library costs more
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from function.settings import Settings
@@ -82,7 +82,14 @@ def describe(value: object) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}… ({len(text)} characters)"
 
 
-# Kinds of value: called with the field's name and the decoded JSON value, they return the value or raise ApiError.
+class Kind(Protocol):
+    """A kind of value."""
+
+    def __call__(self, name: str, value: object) -> Any:
+        """Returns the decoded JSON value of the field `name` in its own type, or raises ApiError."""
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,10 @@ class Integer:
         if not self.low <= value <= self.high:
             raise invalid(f"'{name}' must be from {self.low} to {self.high}, got {describe(value)}", param=name)
         return value
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {"type": "integer", "minimum": self.low, "maximum": self.high}
 
 
 @dataclass(frozen=True)
@@ -119,12 +130,28 @@ class Number:
             raise invalid(f"'{name}' must be {start} {self.low:g} to {self.high:g}, got {describe(value)}", param=name)
         return float(value)
 
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {
+            "type": "number",
+            "minimum" if self.low_included else "exclusiveMinimum": self.low,
+            "maximum": self.high,
+        }
 
-def boolean(name: str, value: object) -> bool:
+
+@dataclass(frozen=True)
+class Boolean:
     """`true` or `false`."""
-    if not isinstance(value, bool):
-        raise invalid(f"'{name}' must be true or false, got {describe(value)}", param=name, code="invalid_type")
-    return value
+
+    def __call__(self, name: str, value: object) -> bool:
+        """Checks `value`."""
+        if not isinstance(value, bool):
+            raise invalid(f"'{name}' must be true or false, got {describe(value)}", param=name, code="invalid_type")
+        return value
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {"type": "boolean"}
 
 
 @dataclass(frozen=True)
@@ -148,19 +175,64 @@ class Text:
             raise invalid(message, param=param, code="too_long")
         return value
 
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema, which counts characters: at most as many as bytes."""
+        return {"type": "string", "maxLength": self.max_bytes}
 
-def stops(name: str, value: object) -> tuple[str, ...]:
-    """Stop strings: an array of at most 64, none of them empty."""
-    if not isinstance(value, list):
-        raise invalid(f"'{name}' must be an array of strings, got {describe(value)}", param=name, code="invalid_type")
-    if len(value) > MAX_STOPS:
-        message = f"'{name}' must have at most {MAX_STOPS} strings, got {len(value)}"
-        raise invalid(message, param=name, code="too_long")
-    check = Text(MAX_STOP_BYTES)
-    words = tuple(check(f"{name}[{index}]", word, param=name) for index, word in enumerate(value))
-    if "" in words:
-        raise invalid(f"'{name}[{words.index('')}]' must not be empty", param=name)
-    return words
+
+@dataclass(frozen=True)
+class Stops:
+    """Stop strings: an array of at most 64, none of them empty; or, where `or_one`, a string."""
+
+    or_one: bool = False
+
+    def __call__(self, name: str, value: object) -> tuple[str, ...]:
+        """Checks `value`."""
+        if self.or_one and isinstance(value, str):
+            value = [value]
+        if not isinstance(value, list):
+            kind = "a string or an array of strings" if self.or_one else "an array of strings"
+            raise invalid(f"'{name}' must be {kind}, got {describe(value)}", param=name, code="invalid_type")
+        if len(value) > MAX_STOPS:
+            message = f"'{name}' must have at most {MAX_STOPS} strings, got {len(value)}"
+            raise invalid(message, param=name, code="too_long")
+        check = Text(MAX_STOP_BYTES)
+        words = tuple(check(f"{name}[{index}]", word, param=name) for index, word in enumerate(value))
+        if "" in words:
+            raise invalid(f"'{name}[{words.index('')}]' must not be empty", param=name)
+        return words
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        word = Text(MAX_STOP_BYTES).document() | {"minLength": 1}
+        words = {"type": "array", "items": word, "maxItems": MAX_STOPS}
+        return {"anyOf": [word, words]} if self.or_one else words
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """An array of token ids."""
+
+    least: int = 0
+
+    def __call__(self, name: str, value: object) -> tuple[int, ...]:
+        """Checks `value`."""
+        if not isinstance(value, list):
+            message = f"'{name}' must be an array of token ids, got {describe(value)}"
+            raise invalid(message, param=name, code="invalid_type")
+        if len(value) < self.least:
+            raise invalid(f"'{name}' must have at least one token id, got an empty array", param=name)
+        for index, token in enumerate(value):
+            if isinstance(token, bool) or not isinstance(token, int):
+                message = f"'{name}[{index}]' must be a token id, got {describe(token)}"
+                raise invalid(message, param=name, code="invalid_type")
+            if not 0 <= token <= INT32_MAX:
+                raise invalid(f"'{name}[{index}]' must be from 0 to {INT32_MAX}, got {describe(token)}", param=name)
+        return tuple(value)
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema. How many ids there are depends on the model."""
+        return {"type": "array", "items": Integer(0, INT32_MAX).document(), "minItems": self.least}
 
 
 @dataclass(frozen=True)
@@ -176,15 +248,11 @@ class Prompt:
         if not isinstance(value, list):
             message = f"'{name}' must be a string or an array of token ids, got {describe(value)}"
             raise invalid(message, param=name, code="invalid_type")
-        if not value:
-            raise invalid(f"'{name}' must have at least one token id, got an empty array", param=name)
-        for index, token in enumerate(value):
-            if isinstance(token, bool) or not isinstance(token, int):
-                message = f"'{name}[{index}]' must be a token id, got {describe(token)}"
-                raise invalid(message, param=name, code="invalid_type")
-            if not 0 <= token <= INT32_MAX:
-                raise invalid(f"'{name}[{index}]' must be from 0 to {INT32_MAX}, got {describe(token)}", param=name)
-        return tuple(value)
+        return Tokens(1)(name, value)
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {"anyOf": [Text(self.max_bytes).document(), Tokens(1).document()]}
 
 
 # The ranges of the sampling fields: of requests, and of the settings that give their defaults.
@@ -247,7 +315,7 @@ INERT = {
 class CompletionRequest:
     """A valid `/completion`. Fields that the request left out have the settings' defaults."""
 
-    prompt: str | tuple[int, ...]
+    prompt: str | tuple[int | str, ...]
     n_predict: int
     temperature: float
     top_k: int
@@ -283,47 +351,177 @@ COMPLETION_FIELDS = frozenset(field.name for field in fields(CompletionRequest))
 KNOWN_FIELDS = COMPLETION_FIELDS | NEUTRAL.keys() | INERT
 
 
+def sampling_kinds() -> dict[str, Kind]:
+    """The fields that llama.cpp's and OpenAI's requests share, and those of llama.cpp that the latter may have too."""
+    return {
+        "temperature": TEMPERATURE,
+        "top_k": TOP_K,
+        "top_p": TOP_P,
+        "min_p": MIN_P,
+        "repeat_penalty": REPEAT_PENALTY,
+        "repeat_last_n": REPEAT_LAST_N,
+        "presence_penalty": PENALTY,
+        "frequency_penalty": PENALTY,
+        "ignore_eos": Boolean(),
+        "cache_prompt": Boolean(),
+        "stream": Boolean(),
+    }
+
+
+def length_kind(settings: Settings) -> Integer:
+    """How many tokens may be asked for."""
+    return Integer(-1, settings.max_n_predict) if settings.max_n_predict else N_PREDICT
+
+
+def completion_kinds(settings: Settings) -> dict[str, Kind]:
+    """The fields of `/completion`."""
+    return sampling_kinds() | {
+        "prompt": Prompt(settings.max_prompt_bytes),
+        "n_predict": length_kind(settings),
+        "seed": SEED,
+        "stop": Stops(),
+        "special": Boolean(),
+        "return_tokens": Boolean(),
+    }
+
+
 def parse_completion(body: Mapping[str, object], settings: Settings) -> CompletionRequest:
-    """Validates a decoded `/completion`. `null` means that a field was left out, as in llama.cpp.
+    """Validates a decoded `/completion`.
 
     Raises:
         ApiError: 400, naming the field, its limit and the value.
     """
+    return completion_request(check(body, completion_kinds(settings), ["prompt"], NEUTRAL, INERT), settings)
+
+
+def completion_request(given: Mapping[str, Any], settings: Settings) -> CompletionRequest:
+    """A request of checked values; where one is not given, the default."""
+    defaults = {
+        "n_predict": settings.n_predict,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p,
+        "repeat_penalty": settings.repeat_penalty,
+        "repeat_last_n": settings.repeat_last_n,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": -1,
+        "stop": (),
+        "ignore_eos": False,
+        "cache_prompt": True,
+        "special": False,
+        "stream": False,
+        "return_tokens": False,
+    }
+    values: dict[str, Any] = {**defaults, **given}
+    if settings.max_n_predict and values["n_predict"] == -1:
+        values["n_predict"] = settings.max_n_predict
+    return CompletionRequest(**values)
+
+
+def check(
+    body: Mapping[str, object],
+    kinds: Mapping[str, Kind],
+    required: Iterable[str] = (),
+    neutral: Mapping[str, tuple[object, ...]] | None = None,
+    inert: Collection[str] = (),
+) -> dict[str, Any]:
+    """The checked values of the fields that `body` has. `null` means that a field was left out, as in llama.cpp.
+
+    Fields of `neutral` are taken with these values only, those of `inert` with any; neither is in the result.
+
+    Raises:
+        ApiError: 400, naming the field, its limit and the value.
+    """
+    neutral = neutral or {}
     given = {name: value for name, value in body.items() if value is not None}
-    for name in body.keys() - COMPLETION_FIELDS - INERT:
-        if name not in NEUTRAL:
+    for name in body.keys() - kinds.keys() - set(inert):
+        if name not in neutral:
             raise invalid(f"unknown field {describe(name)}", param=_printable(name), code="unknown_field")
-        if name in given and not any(_same(given[name], value) for value in NEUTRAL[name]):
-            accepted = " or ".join(["leave it out", *(f"send {json.dumps(value)}" for value in NEUTRAL[name])])
+        if name in given and not any(_same(given[name], value) for value in neutral[name]):
+            accepted = " or ".join(["leave it out", *(f"send {json.dumps(value)}" for value in neutral[name])])
             message = f"'{name}' is not supported: {accepted}; got {describe(given[name])}"
             raise invalid(message, param=name, code="unsupported_field")
-    if "prompt" not in given:
-        raise invalid("'prompt' is required: a string or an array of token ids", param="prompt", code="missing_field")
+    for name in required:
+        if name not in given:
+            raise invalid(f"'{name}' is required", param=name, code="missing_field")
+    return {name: kind(name, given[name]) for name, kind in kinds.items() if name in given}
 
-    def take(name: str, kind: Any, default: Any) -> Any:
-        return kind(name, given[name]) if name in given else default
 
-    limit = settings.max_n_predict
-    n_predict = take("n_predict", Integer(-1, limit) if limit else N_PREDICT, settings.n_predict)
-    return CompletionRequest(
-        prompt=take("prompt", Prompt(settings.max_prompt_bytes), None),
-        n_predict=limit if limit and n_predict == -1 else n_predict,
-        temperature=take("temperature", TEMPERATURE, settings.temperature),
-        top_k=take("top_k", TOP_K, settings.top_k),
-        top_p=take("top_p", TOP_P, settings.top_p),
-        min_p=take("min_p", MIN_P, settings.min_p),
-        repeat_penalty=take("repeat_penalty", REPEAT_PENALTY, settings.repeat_penalty),
-        repeat_last_n=take("repeat_last_n", REPEAT_LAST_N, settings.repeat_last_n),
-        presence_penalty=take("presence_penalty", PENALTY, 0.0),
-        frequency_penalty=take("frequency_penalty", PENALTY, 0.0),
-        seed=take("seed", SEED, -1),
-        stop=take("stop", stops, ()),
-        ignore_eos=take("ignore_eos", boolean, False),
-        cache_prompt=take("cache_prompt", boolean, True),
-        special=take("special", boolean, False),
-        stream=take("stream", boolean, False),
-        return_tokens=take("return_tokens", boolean, False),
-    )
+def document(
+    kinds: Mapping[str, Kind],
+    required: Iterable[str] = (),
+    neutral: Mapping[str, tuple[object, ...]] | None = None,
+    inert: Collection[str] = (),
+) -> dict[str, Any]:
+    """The JSON Schema of what `check` takes."""
+    properties: dict[str, Any] = {}
+    for name, kind in kinds.items():
+        schema = kind.document()
+        properties[name] = schema if name in required else {"anyOf": [schema, {"type": "null"}]}
+    for name, values in (neutral or {}).items():
+        properties[name] = {"enum": [*values, None], "description": "Not supported: taken where it changes nothing."}
+    for name in sorted(inert):
+        properties[name] = {"description": "Without effect."}
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(required),
+        "additionalProperties": False,
+    }
+
+
+class Answer(Protocol):
+    """How the worker's events become an answer. `done` and `token` are events of docs/worker-protocol.md."""
+
+    end: str  # of a stream, after the events
+
+    def whole(self, done: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """The JSON answer."""
+
+    def opening(self, model: str) -> list[dict[str, Any]]:
+        """The events of a stream before the first piece."""
+
+    def piece(self, token: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """An event of a stream: the text since the one before."""
+
+    def closing(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+        """The events of a stream after the last piece."""
+
+
+class LlamaAnswer:
+    """The answer to `/completion`, whole or in pieces, as llama.cpp gives it."""
+
+    end = ""
+
+    def __init__(self, request: CompletionRequest) -> None:
+        self._request = request
+
+    def whole(self, done: Mapping[str, Any], model: str) -> dict[str, Any]:
+        """The JSON answer."""
+        return completion_body(self._request, done, model)
+
+    def opening(self, _model: str) -> list[dict[str, Any]]:
+        """The events before the first piece."""
+        return []
+
+    def piece(self, token: Mapping[str, Any], _model: str) -> dict[str, Any]:
+        """An event: the text and the token ids since the one before."""
+        return {"content": token["content"], "tokens": token["tokens"], "stop": False}
+
+    def closing(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+        """The events after the last piece."""
+        return [completion_body(self._request, done, model)]
+
+
+def tokenize_kinds(settings: Settings) -> dict[str, Kind]:
+    """The fields of `/tokenize`."""
+    return {"content": Text(settings.max_prompt_bytes), "add_special": Boolean(), "parse_special": Boolean()}
+
+
+TOKENIZE_NEUTRAL: dict[str, tuple[object, ...]] = {"with_pieces": (False,)}
+DETOKENIZE_KINDS: dict[str, Kind] = {"tokens": Tokens()}
 
 
 def completion_body(request: CompletionRequest, done: Mapping[str, Any], model: str) -> dict[str, Any]:
@@ -346,11 +544,6 @@ def completion_body(request: CompletionRequest, done: Mapping[str, Any], model: 
         "generation_settings": request.generation_settings(done["seed"]),
         "timings": done["timings"],
     }
-
-
-def token_body(token: Mapping[str, Any]) -> dict[str, Any]:
-    """An event of a stream: the text and the token ids since the one before."""
-    return {"content": token["content"], "tokens": token["tokens"], "stop": False}
 
 
 def parse_object(raw: bytes) -> dict[str, object]:

@@ -60,6 +60,13 @@ def _s3_uri(name: str, text: str) -> str:
     return text
 
 
+def _origins(name: str, text: str) -> str:
+    if text != "*" and not all(re.fullmatch(r"https?://[^/,\s*]+", origin) for origin in text.split(",")):
+        message = f"'{name}' must be * or origins such as https://example.org, separated by commas, got"
+        raise SettingsError(f"{message} {schema.describe(text)}")
+    return text
+
+
 @dataclass(frozen=True)
 class Settings:
     """The settings. The environment variable of each has its name in capitals; an empty one counts as not set."""
@@ -103,6 +110,10 @@ class Settings:
     deadline_margin_ms: Annotated[int, _within(schema.Integer(50, 60_000))] = 1000
     """Generation stops this long before the function's timeout, to have time for the answer."""
 
+    invoke_mode: Annotated[str, _choice("BUFFERED", "RESPONSE_STREAM")] = "BUFFERED"
+    """That of the Function URL, which the function cannot see. RESPONSE_STREAM: answers leave as they are computed."""
+    cors_allow_origins: Annotated[str, _origins] = ""
+    """Origins whose pages may ask, separated by commas; `*`: all. Empty where the Function URL has CORS of its own."""
     host: Annotated[str, _text] = "127.0.0.1"
     """Address of the local server; 0.0.0.0 makes it reachable from other machines."""
     port: Annotated[int, _within(schema.Integer(0, 65535))] = 8080

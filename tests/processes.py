@@ -22,6 +22,13 @@ def engines(parent: int) -> set[int]:
     return found
 
 
+def children(parent: int) -> set[int]:
+    """Process ids of all that `parent` started, ended ones that it has not waited for included."""
+    return {
+        int(pid) for task in Path(f"/proc/{parent}/task").iterdir() for pid in (task / "children").read_text().split()
+    }
+
+
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(") ", 1)[1][0] != "Z"

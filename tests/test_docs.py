@@ -1,6 +1,7 @@
 """The documents say what the code says, where both can be compared."""
 
 import re
+import subprocess
 from dataclasses import fields
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pytest
 from function.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
+CLI = ROOT / "build/out/bitnet"
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -27,6 +29,19 @@ def test_cli_document_lists_every_exit_code() -> None:
     codes = {int(code) for code in re.findall(r"k\w+ = (\d+),", header)}
     section = (ROOT / "docs/cli.md").read_text().split("## Exit codes")[1]
     assert codes == {int(code) for code in re.findall(r"^\| (\d+) \|", section, re.MULTILINE)}
+
+
+def test_cli_document_lists_every_command_and_option() -> None:
+    text = (ROOT / "docs/cli.md").read_text()
+    commands = re.findall(r"^  ([a-z]+) {2,}\S", help_of().split("Subcommands:")[1], re.MULTILINE)
+    assert set(re.findall(r"^bitnet (\w+)", text, re.MULTILINE)) == set(commands)
+    for command in commands:
+        options = set(re.findall(r"^ +(?:-\w,)?(--[a-z-]+)", help_of(command), re.MULTILINE)) - {"--help"}
+        assert options <= set(re.findall(r"--[a-z-]+", text)), command
+
+
+def help_of(*command: str) -> str:
+    return subprocess.run([CLI, *command, "--help"], capture_output=True, text=True, check=True).stdout
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)

@@ -59,10 +59,13 @@ class Emulator:
 
     def invoke(self, event: Any) -> Any:
         """What `aws lambda invoke` gives for this payload."""
+        return json.loads(self.invoke_raw(event))
+
+    def invoke_raw(self, event: Any) -> bytes:
+        """The same, when it is no JSON."""
         with closing(http.client.HTTPConnection("127.0.0.1", self._port)) as connection:
             connection.request("POST", INVOKE, json.dumps(event))
-            response = connection.getresponse()
-            return json.loads(response.read())
+            return connection.getresponse().read()
 
     def log(self) -> str:
         """Everything that the emulator, the function and the engine have logged so far."""

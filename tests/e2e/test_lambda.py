@@ -196,6 +196,17 @@ def test_no_text_reaches_the_log(environment: dict[str, str]) -> None:
             function.invoke(request)
             function.invoke(url_event(request))
         function.invoke(url_event("", path=f"/{CANARY}"))
+        message = {"role": "user", "content": CANARY}
+        for path, body in (
+            ("/v1/chat/completions", {"messages": [message], "max_tokens": 4, "user": CANARY}),
+            ("/v1/chat/completions", {"messages": [message | {CANARY: CANARY}], "model": CANARY}),
+            ("/v1/chat/completions", {"messages": [message], "model": CANARY}),
+            ("/v1/completions", {"prompt": [CANARY], "max_tokens": 4, "stream": True}),
+            ("/tokenize", {"content": CANARY}),
+            ("/apply-template", {"messages": [message]}),
+        ):
+            function.invoke(url_event(body, path=path))
+        function.invoke(url_event("", path=f"/v1/models/{CANARY}", method="GET"))
         os.kill(function.engine, signal.SIGKILL)
         function.invoke(requests[0])
         assert function.invoke(TALE)["content"] == TEXT

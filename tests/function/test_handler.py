@@ -10,7 +10,7 @@ import signal
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -100,6 +100,8 @@ def test_a_completion_is_what_the_cli_generates(engine_path: Path, demo_model: P
         "predicted_n",
         "predicted_ms",
         "predicted_per_second",
+        "draft_n",
+        "draft_n_accepted",
     }
 
 
@@ -323,7 +325,7 @@ def test_a_deadline_that_is_almost_over_still_gets_an_answer() -> None:
     assert invoke({"prompt": PROMPT, "n_predict": 200}, remaining_ms=900)["stop_type"] in ("deadline", "limit")
 
 
-def begin(body: dict[str, Any], cancellation: Cancellation | None = None) -> Iterator[str]:
+def begin(body: dict[str, Any], cancellation: Cancellation | None = None) -> Generator[str]:
     """A stream as the local server gets it, computing as soon as this returns."""
     call = Call("stream", cancellation=cancellation or Cancellation())
     events = application().api.http(url_event(body | {"stream": True}), call)["body"]
@@ -338,7 +340,7 @@ def test_closing_a_stream_cancels_it(setup: Setup, endless_model: Path) -> None:
     setup(MODEL_PATH=endless_model, CTX_SIZE=32_768)
     events = begin(ENDLESS)
     assert json.loads(next(events).removeprefix("data: "))["stop"] is False
-    events.close()  # type: ignore[attr-defined]
+    events.close()
     # Were the first still computing, this one would wait for it until its own deadline.
     assert invoke({"prompt": PROMPT, "n_predict": 2}, remaining_ms=20_000)["stop_type"] == "limit"
 
@@ -370,7 +372,7 @@ def test_requests_queue_up_to_a_limit(setup: Setup, endless_model: Path) -> None
         error = json.loads(reply["body"])["error"]
         assert (error["type"], error["code"]) == ("unavailable_error", "overloaded")
         assert "(QUEUE_LIMIT)" in error["message"]
-        running.close()  # type: ignore[attr-defined]
+        running.close()
         assert waiting.result()[0] == 200
     assert post({"prompt": PROMPT, "n_predict": 1})[0] == 200
 

@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import http.client
 import json
 import os
-import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
-from types import TracebackType
-from typing import Any, Self
 
 import pytest
 
-from function.settings import ROOT
-from tests.processes import alive, engines, eventually, processor_ticks
+from tests.processes import alive, eventually, processor_ticks
 from tests.s3 import S3, Request
+from tests.server import Server
 
 pytestmark = pytest.mark.usefixtures("engine_path")
 
@@ -30,89 +25,6 @@ TALE = {"prompt": "Once upon a time", "n_predict": 12, "temperature": 0}
 TEXT = " there lived a king who had a son who had three sons"
 ENDLESS = {"prompt": "Once upon a time", "n_predict": -1, "ignore_eos": True}
 CANARY = "xylophonist"
-
-
-class Server:
-    """`python -m function.local` on a free port, with these settings."""
-
-    def __init__(self, log: Path, **settings: object) -> None:
-        self._log = log
-        self._settings = {name: str(value) for name, value in settings.items()}
-
-    def __enter__(self) -> Self:
-        environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
-        with self._log.open("w") as log:
-            self.process = subprocess.Popen(
-                [sys.executable, "-m", "function.local"],
-                cwd=ROOT,
-                env=environment | {"PORT": "0"} | self._settings,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-            )
-        eventually(lambda: self._address() or self.process.poll() is not None)
-        if address := self._address():
-            self.port = int(address[1])
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.process.kill()
-        self.process.wait()
-        print(self.log())
-
-    def _address(self) -> re.Match[str] | None:
-        return re.search(r"http://127\.0\.0\.1:(\d+)", self.log())
-
-    def log(self) -> str:
-        return self._log.read_text()
-
-    def connect(self) -> http.client.HTTPConnection:
-        return http.client.HTTPConnection("127.0.0.1", self.port, timeout=120)
-
-    def request(
-        self, method: str, path: str, body: bytes | None = None, headers: dict[str, str] | None = None
-    ) -> tuple[http.client.HTTPResponse, bytes]:
-        with closing(self.connect()) as connection:
-            connection.request(method, path, body, headers or {})
-            response = connection.getresponse()
-            return response, response.read()
-
-    def post(self, request: Any) -> tuple[int, dict[str, Any]]:
-        response, body = self.request("POST", "/completion", json.dumps(request).encode())
-        assert response.getheader("content-type") == "application/json"
-        return response.status, json.loads(body)
-
-    def health(self) -> tuple[int, dict[str, Any]]:
-        response, body = self.request("GET", "/health")
-        return response.status, json.loads(body)
-
-    @contextmanager
-    def stream(self, request: dict[str, Any]) -> Iterator[Iterator[dict[str, Any]]]:
-        """The events of a stream, as they come; the connection breaks at the end of the block."""
-        with closing(self.connect()) as connection:
-            connection.request("POST", "/completion", json.dumps(request | {"stream": True}))
-            response = connection.getresponse()
-            assert response.status == 200
-            assert response.getheader("content-type") == "text/event-stream; charset=utf-8"
-            yield _events(response)
-            response.close()
-
-    def end(self, number: signal.Signals) -> int:
-        self.process.send_signal(number)
-        return self.process.wait(60)
-
-    @property
-    def engine(self) -> int:
-        (pid,) = engines(self.process.pid)
-        return pid
-
-
-def _events(response: http.client.HTTPResponse) -> Iterator[dict[str, Any]]:
-    while line := response.readline():
-        assert line.startswith(b"data: ")
-        assert response.readline() == b"\n"
-        yield json.loads(line.removeprefix(b"data: "))
 
 
 @pytest.fixture
@@ -179,7 +91,7 @@ def test_who_hangs_up_in_the_queue_leaves_it(endless: Server) -> None:
         next(events)
         waiting = endless.connect()
         waiting.request("POST", "/completion", json.dumps(TALE))
-        eventually(lambda: endless.post({"prompt": ""})[0] == 503)  # the queue is full
+        eventually(lambda: endless.in_flight() == 2)
         waiting.close()
         for _ in range(2000):  # tokens of the one that runs
             next(events)
@@ -198,15 +110,9 @@ def test_the_queue_has_a_limit(endless: Server) -> None:
     with endless.stream(ENDLESS) as events, ThreadPoolExecutor(1) as thread:
         next(events)
         waiting = thread.submit(endless.post, TALE)
-        refused: list[tuple[http.client.HTTPResponse, bytes]] = []
-
-        def full() -> bool:
-            refused.append(endless.request("POST", "/completion", b'{"prompt":"","n_predict":0}'))
-            return refused[-1][0].status == 503
-
-        with ThreadPoolExecutor(1) as asking:
-            asking.submit(eventually, full).result()
-        response, body = refused[-1]
+        eventually(lambda: endless.in_flight() == 2)
+        response, body = endless.request("POST", "/completion", b'{"prompt":""}')
+        assert response.status == 503
         assert response.getheader("retry-after") == "1"
         assert json.loads(body)["error"]["code"] == "overloaded"
         assert not waiting.done()
@@ -237,7 +143,7 @@ def test_a_signal_cancels_what_runs_and_answers_with_what_there_is(endless: Serv
     with endless.stream(ENDLESS) as events, ThreadPoolExecutor(1) as thread:
         next(events)
         waiting = thread.submit(endless.post, ENDLESS)
-        eventually(lambda: endless.post({"prompt": ""})[0] == 503)
+        eventually(lambda: endless.in_flight() == 2)
         endless.process.send_signal(number)
         *_, last = events
         assert last["stop_type"] == "cancelled"

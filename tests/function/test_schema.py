@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from function.openai import KNOWN_FIELDS, parse_chat, parse_text
 from function.schema import INERT, NEUTRAL, ApiError, parse_completion, parse_object
 from function.settings import Settings
 
@@ -195,6 +196,31 @@ def outcome(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
 @given(st.dictionaries(st.sampled_from(FIELDS + sorted(NEUTRAL)) | st.text(), JSON))
 def test_any_object_is_valid_or_refused(body: dict[str, Any]) -> None:
     result = outcome(lambda: parse_completion(body, SETTINGS).for_engine())
+    json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+
+
+MESSAGE = st.fixed_dictionaries(
+    {},
+    optional={
+        "role": st.sampled_from(["system", "user", "assistant", "tool"]) | JSON,
+        "content": st.text()
+        | st.lists(st.fixed_dictionaries({"type": st.just("text"), "text": st.text() | JSON}))
+        | JSON,
+        "refusal": JSON,
+    },
+)
+OPENAI = st.dictionaries(st.sampled_from(sorted(KNOWN_FIELDS)), JSON | st.integers(-2, 2) | st.booleans(), max_size=3)
+
+
+@given(OPENAI, st.lists(MESSAGE | JSON, max_size=3) | JSON)
+def test_any_chat_is_valid_or_refused(body: dict[str, Any], messages: Any) -> None:
+    result = outcome(lambda: vars(parse_chat(body | {"messages": messages}, SETTINGS).completion))
+    json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
+
+
+@given(OPENAI, st.text() | st.lists(st.text() | st.integers(0, 9), max_size=2) | JSON)
+def test_any_text_is_valid_or_refused(body: dict[str, Any], prompt: Any) -> None:
+    result = outcome(lambda: vars(parse_text(body | {"prompt": prompt}, SETTINGS).completion))
     json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
 
 

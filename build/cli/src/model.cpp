@@ -30,12 +30,12 @@ std::string shape_string(const std::vector<uint64_t>& shape) {
   return out + "]";
 }
 
-const Tensor& find(const GgufFile& file, const std::string& name, const std::vector<uint64_t>& shape) {
+const Tensor* find(const GgufFile& file, const std::string& name, const std::vector<uint64_t>& shape) {
   const Tensor* tensor = file.find_tensor(name);
   if (!tensor) invalid(file, "tensor " + name + " is missing");
   if (tensor->shape != shape)
     invalid(file, "tensor " + name + " has shape " + shape_string(tensor->shape) + ", expected " + shape_string(shape));
-  return *tensor;
+  return tensor;
 }
 
 [[noreturn]] void wrong_type(const GgufFile& file, const Tensor& tensor, const std::string& expected) {
@@ -44,19 +44,20 @@ const Tensor& find(const GgufFile& file, const std::string& name, const std::vec
 }
 
 const float* vector(const GgufFile& file, const std::string& name, size_t n) {
-  const Tensor& tensor = find(file, name, {n});
-  if (tensor.type != TensorType::kF32) wrong_type(file, tensor, "F32");
-  return reinterpret_cast<const float*>(tensor.bytes.data());
+  const Tensor* tensor = find(file, name, {n});
+  if (tensor->type != TensorType::kF32) wrong_type(file, *tensor, "F32");
+  return reinterpret_cast<const float*>(tensor->bytes.data());
 }
 
 TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
-  const Tensor& tensor = find(file, name, {cols, rows});
-  if (tensor.type != TensorType::kI2_S && tensor.type != TensorType::kTrits) wrong_type(file, tensor, "I2_S or TRITS");
+  const Tensor* tensor = find(file, name, {cols, rows});
+  if (tensor->type != TensorType::kI2_S && tensor->type != TensorType::kTrits)
+    wrong_type(file, *tensor, "I2_S or TRITS");
   if (cols % kTernaryBlock != 0)
     invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) + " weights, not a multiple of " +
                       std::to_string(kTernaryBlock));
-  const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor.bytes.data());
-  const bool packed = tensor.type == TensorType::kTrits;
+  const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor->bytes.data());
+  const bool packed = tensor->type == TensorType::kTrits;
   TernaryMatrix matrix{packed ? nullptr : data, packed ? data : nullptr, rows, cols, 0.0f};
   std::memcpy(&matrix.scale, data + (packed ? matrix.packed_bytes() : matrix.bytes()), sizeof(float));
   if (!std::isfinite(matrix.scale)) invalid(file, "tensor " + name + " has a scale that is not finite");
@@ -64,9 +65,9 @@ TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows
 }
 
 FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
-  const Tensor& tensor = find(file, name, {cols, rows});
-  FloatRows out{RowType::kF32, reinterpret_cast<const uint8_t*>(tensor.bytes.data()), nullptr, rows, cols};
-  switch (tensor.type) {
+  const Tensor* tensor = find(file, name, {cols, rows});
+  FloatRows out{RowType::kF32, reinterpret_cast<const uint8_t*>(tensor->bytes.data()), nullptr, rows, cols};
+  switch (tensor->type) {
     case TensorType::kF32:
       break;
     case TensorType::kF16:
@@ -82,17 +83,17 @@ FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, siz
       out.type = RowType::kQ6_K;
       break;
     case TensorType::kHigh4: {
-      const Tensor& low = find(file, name + kLowPlaneSuffix, {cols, rows});
-      if (low.type != TensorType::kLow4 && low.type != TensorType::kLow2) wrong_type(file, low, "LOW4 or LOW2");
-      out.type = low.type == TensorType::kLow4 ? RowType::kSplit8 : RowType::kSplit6;
-      out.low = reinterpret_cast<const uint8_t*>(low.bytes.data());
+      const Tensor* low = find(file, name + kLowPlaneSuffix, {cols, rows});
+      if (low->type != TensorType::kLow4 && low->type != TensorType::kLow2) wrong_type(file, *low, "LOW4 or LOW2");
+      out.type = low->type == TensorType::kLow4 ? RowType::kSplit8 : RowType::kSplit6;
+      out.low = reinterpret_cast<const uint8_t*>(low->bytes.data());
       if (cols / kScaleBlock > kMaxScreenBlocks)
         invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) +
                           " weights, the split types take at most " + std::to_string(kMaxScreenBlocks * kScaleBlock));
       break;
     }
     default:
-      wrong_type(file, tensor, "F32, F16, BF16, Q8_0, Q6_K or HIGH4");
+      wrong_type(file, *tensor, "F32, F16, BF16, Q8_0, Q6_K or HIGH4");
   }
   return out;
 }

@@ -173,27 +173,22 @@ class Worker {
   // Answers the queued completions that are over before they began, cancelled or past their deadline: they need not
   // wait for the one that runs. Gives back the next deadline in the queue.
   std::optional<Clock::time_point> end_queued() {
-    std::vector<Json> events;
     std::optional<Clock::time_point> next;
-    {
-      const std::lock_guard lock(mutex_);
-      std::erase_if(jobs_, [&](const Job& job) {
-        const auto* request = std::get_if<CompletionRequest>(&job.request.body);
-        if (!request) return false;
-        const std::optional<Clock::time_point>& deadline = request->completion.deadline;
-        const bool late = deadline && Clock::now() >= *deadline;
-        if (!late && !*job.cancelled) {
-          if (deadline) next = next ? std::min(*next, *deadline) : *deadline;
-          return false;
-        }
-        CompletionResult nothing;
-        nothing.stop_type = *job.cancelled ? StopType::kCancelled : StopType::kDeadline;
-        events.push_back(done_event(job.request.id, *request, nothing));
-        live_.erase(job.request.id);
-        return true;
-      });
-    }
-    for (const Json& event : events) send(event);
+    const std::lock_guard lock(mutex_);
+    std::erase_if(jobs_, [&](const Job& job) {
+      const auto& request = std::get<CompletionRequest>(job.request.body);
+      const std::optional<Clock::time_point>& deadline = request.completion.deadline;
+      const bool late = deadline && Clock::now() >= *deadline;
+      if (!late && !*job.cancelled) {
+        if (deadline) next = next ? std::min(*next, *deadline) : *deadline;
+        return false;
+      }
+      CompletionResult nothing;
+      nothing.stop_type = *job.cancelled ? StopType::kCancelled : StopType::kDeadline;
+      send(done_event(job.request.id, request, nothing));
+      live_.erase(job.request.id);
+      return true;
+    });
     return next;
   }
 
@@ -342,7 +337,7 @@ class Worker {
   std::mutex output_;
   std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;
-  std::deque<Job> jobs_;
+  std::deque<Job> jobs_;                                            // completions
   std::map<std::string, std::shared_ptr<std::atomic<bool>>> live_;  // requests queued or running
   bool closed_ = false;
 };

@@ -1,0 +1,150 @@
+# Every target makes what it needs first: on a fresh Debian or Ubuntu machine `make run` and `make test` are the only commands.
+# Products are in build/out (and .venv); build itself holds sources.
+SHELL := /bin/bash
+.SHELLFLAGS := -eu -o pipefail -c
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+MAKEFLAGS += --no-print-directory
+
+OUT := build/out
+CMAKE_DIR := $(OUT)/cmake
+BIN := .venv/bin
+JOBS ?= $(shell nproc)
+CPP_FILES := $(shell find build/cli -name '*.cpp' -o -name '*.h')
+
+CHECKPOINT ?= $(OUT)/demo-checkpoint
+TORCH := torch==2.13.0
+TORCH_VENV := $(OUT)/venv-torch
+INFRA_VENV := $(OUT)/venv-infra
+INFRA_TEMPLATES := $(OUT)/template.json $(wildcard infra/*.yaml)
+
+.PHONY: help
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+.PHONY: run
+run: cli ## serve the demo model (or MODEL_PATH) at http://localhost:8080 (or PORT)
+	@exec $(BIN)/python -m function.local
+
+.PHONY: cli
+cli: setup-run ## build the engine: build/out/bitnet
+	@cmake -S build/cli -B $(CMAKE_DIR) -DBUILD_TESTING=OFF >/dev/null
+	@cmake --build $(CMAKE_DIR) --parallel $(JOBS)
+
+.PHONY: test
+test: setup-test ## all tests: the engine's (ctest), then the function's and the whole path's (pytest)
+	@cmake -S build/cli -B $(CMAKE_DIR) -DBUILD_TESTING=ON >/dev/null
+	@cmake --build $(CMAKE_DIR) --parallel $(JOBS)
+	@ctest --test-dir $(CMAKE_DIR) --output-on-failure --no-tests=error
+	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: setup-test ## formats, lint, types, and no warning from the compiler; changes nothing
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run -Werror $(CPP_FILES)
+	$(BIN)/python docs/infra.py --check
+	@cmake -S build/cli -B $(CMAKE_DIR) -DBUILD_TESTING=ON -DCMAKE_COMPILE_WARNING_AS_ERROR=ON >/dev/null
+	@cmake --build $(CMAKE_DIR) --parallel $(JOBS)
+
+.PHONY: fmt
+fmt: setup-test ## format and mend what `make check` looks at
+	$(BIN)/ruff check --fix --quiet . || true
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CPP_FILES)
+
+IMAGE ?= bitnet-lambda
+NAME ?= bitnet
+PORT ?= 8080
+MODELS ?= $(wildcard models)
+CONTAINER_RUN := build/image/container
+
+.PHONY: image
+image: ## build the container image IMAGE with docker or podman
+	@$(CONTAINER_RUN) build --file build/Dockerfile --tag $(IMAGE) $(BUILD_ARGS) \
+	    --label org.opencontainers.image.version="$$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)" \
+	    --label org.opencontainers.image.revision="$$(git rev-parse HEAD 2>/dev/null || echo unknown)" \
+	    --label org.opencontainers.image.created="$$(git show -s --format=%cI HEAD 2>/dev/null || date -u +%FT%TZ)" .
+
+.PHONY: serve-image
+serve-image: ## serve with the image at http://localhost:8080 (or PORT), with the model in MODELS (./models) if there is one
+	@$(CONTAINER_RUN) image inspect $(IMAGE) >/dev/null 2>&1 || $(MAKE) image
+	@$(CONTAINER_RUN) rm --force $(NAME) >/dev/null 2>&1 || true
+	@$(CONTAINER_RUN) run --detach --name $(NAME) --publish 127.0.0.1:$(PORT):8080 --read-only --tmpfs /tmp \
+	    --cap-drop ALL --security-opt no-new-privileges $(if $(MODELS),--volume $(abspath $(MODELS)):/models:ro) \
+	    $(if $(MODEL_PATH),--env MODEL_PATH) $(IMAGE) serve >/dev/null
+	@echo "$(NAME): http://127.0.0.1:$(PORT) (make logs, make stats, make stop)"
+
+.PHONY: stop
+stop: ## end what `make serve-image` has started
+	@$(CONTAINER_RUN) stop --time 10 $(NAME) >/dev/null
+	@echo "$(NAME) has stopped with exit code $$($(CONTAINER_RUN) wait $(NAME))"
+	@$(CONTAINER_RUN) rm $(NAME) >/dev/null
+
+.PHONY: logs
+logs: ## what the image that serves has logged
+	@$(CONTAINER_RUN) logs $(NAME)
+
+.PHONY: stats
+stats: ## what the image that serves takes of processor and memory
+	@$(CONTAINER_RUN) stats --no-stream $(NAME)
+
+.PHONY: test-image
+test-image: setup-test ## build the image and try it in containers (docker or podman; minutes, the first time more)
+	@args=$$(tests/image/bases.sh); base=$${args##*=}; \
+	  $(MAKE) image IMAGE=bitnet-lambda-test BUILD_ARGS="$$args"; \
+	  IMAGE=bitnet-lambda-test BASE="$${base:-$$(sed -n 's/^ARG PYTHON_IMAGE=//p' build/Dockerfile)}" \
+	    $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
+
+.PHONY: check-infra
+check-infra: setup-test setup-infra cli ## the templates: expanded, linted, scanned, tested, and made into stacks in moto
+	@AWS_DEFAULT_REGION=us-east-1 $(INFRA_VENV)/bin/python tests/infra/expand.py template.yaml $(OUT)/template.json
+	@$(INFRA_VENV)/bin/cfn-lint --regions us-east-1 eu-west-1 -- $(INFRA_TEMPLATES)
+	@$(INFRA_VENV)/bin/checkov --framework cloudformation --skip-download --quiet --compact --file $(INFRA_TEMPLATES)
+	@EXPANDED=$(OUT)/template.json INFRA_BIN=$(INFRA_VENV)/bin $(BIN)/python -m pytest tests/infra $(PYTEST_ARGS)
+
+.PHONY: clean
+clean: ## remove build/out, .venv and caches
+	rm -rf $(OUT) .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} +
+
+.PHONY: picture
+picture: ## draw docs/infra.svg from docs/infra.py
+	python3 docs/infra.py
+
+.PHONY: lock
+lock: setup-test ## resolve requirements/*.in again into hash-locked requirements/*.txt
+	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
+	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
+	  compile dev; \
+	  for group in function model torch; do compile $$group --constraint requirements/dev.txt; done; \
+	  compile infra; \
+	  compile test-files --no-deps
+
+.PHONY: demo-model
+demo-model: setup-test ## convert CHECKPOINT (default: what train_demo.py writes) to build/model/demo/model.gguf
+	$(BIN)/python build/model/convert.py $(CHECKPOINT) build/model/demo/model.gguf
+
+.PHONY: golden
+golden: setup-torch ## compute the golden logits of tests/golden with transformers (minutes; installs torch)
+	PYTHONPATH=.:build/model $(TORCH_VENV)/bin/python tests/golden/write_golden.py
+
+.PHONY: train-smoke
+train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
+	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
+
+.PHONY: setup-run setup-test setup-torch setup-infra
+setup-run:
+	@build/setup/setup.sh run
+setup-test:
+	@build/setup/setup.sh test
+setup-infra: setup-run
+	@[ -x $(INFRA_VENV)/bin/pip ] || $(BIN)/python -m venv $(INFRA_VENV)
+	@cmp -s requirements/infra.txt $(INFRA_VENV)/infra.txt || { \
+	    $(INFRA_VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/infra.txt; \
+	    cp requirements/infra.txt $(INFRA_VENV)/; }
+setup-torch: setup-run
+	@[ -x $(TORCH_VENV)/bin/pip ] || $(BIN)/python -m venv $(TORCH_VENV)
+	@$(TORCH_VENV)/bin/pip install --quiet --require-hashes --no-deps -r requirements/torch.txt
+	@$(TORCH_VENV)/bin/pip install --quiet $(TORCH)
