@@ -109,7 +109,7 @@ def test_an_empty_prompt_is_the_beginning_of_a_text(bitnet: Bitnet, demo_model: 
     empty = tmp_path / "empty"
     empty.touch()
     for prompt in ((), ("-p", ""), ("-f", empty)):
-        result = bitnet.json("generate", "-m", demo_model, "-n", 4, "--json", *prompt)
+        result = bitnet.json("generate", "-m", demo_model, "-n", 4, "--ignore-eos", "--json", *prompt)
         assert (result["tokens_evaluated"], result["tokens_predicted"]) == (1, 4)
         code, message = bitnet.error("generate", "-m", demo_model, "--no-bos", *prompt)
         assert (code, message) == (2, "--prompt: must have at least 1 token, got 0")

@@ -433,7 +433,7 @@ def test_a_deadline_ends_the_running_request(bitnet: Bitnet, endless_model: Path
 
 
 def test_a_deadline_ends_a_queued_request_while_another_runs(busy: Worker) -> None:
-    busy.send(id="later", op="completion", prompt=PROMPT, timeout_ms=86_400_000)
+    busy.send(id="later", op="completion", prompt=PROMPT, n_predict=2, ignore_eos=True, timeout_ms=86_400_000)
     busy.send(id="soon", op="completion", prompt=PROMPT, timeout_ms=1)
     (done,) = finals(busy, 1)
     assert (done["id"], done["stop_type"], done["tokens"]) == ("soon", "deadline", [])
