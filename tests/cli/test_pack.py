@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -103,3 +104,9 @@ def test_what_cannot_be_packed(bitnet: Bitnet, tmp_path: Path, demo_model: Path)
     assert bitnet.error("pack", "--model", demo_model, "--output", tmp_path / "no" / "such.gguf")[0] == 4
     assert bitnet.error("pack", "--model", demo_model, "--output", packed, "--output-bits", 5)[0] == 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["packed.gguf"]
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    for name in ("folder", "pipe"):  # nothing but a file is ever replaced
+        code, message = bitnet.error("pack", "--model", demo_model, "--output", tmp_path / name)
+        assert (code, message) == (4, f"{tmp_path / name}: cannot be written: not a regular file")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "packed.gguf", "pipe"]

@@ -12,6 +12,7 @@
 #include <memory>
 #include <span>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "error.h"
@@ -179,13 +180,15 @@ std::vector<OutputTensor> packed_tensors(const GgufFile& file, const Model& mode
 class OutputFile {
  public:
   explicit OutputFile(const std::string& path) : path_(path), temporary_(path + ".part") {
+    struct stat status {};
+    if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))  // a rename would replace a device
+      throw Error(ExitCode::kFileUnreadable, path_ + ": cannot be written: not a regular file");
     fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
     if (fd_ < 0) fail();
   }
   ~OutputFile() {
-    if (fd_ < 0) return;
-    close(fd_);
-    unlink(temporary_.c_str());
+    if (fd_ >= 0) close(fd_);
+    if (!finished_) unlink(temporary_.c_str());
   }
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
@@ -199,9 +202,9 @@ class OutputFile {
     }
   }
   void finish() {
-    if (fsync(fd_) != 0 || close(fd_) != 0) fail();
-    fd_ = -1;
+    if (fsync(fd_) != 0 || close(std::exchange(fd_, -1)) != 0) fail();
     if (rename(temporary_.c_str(), path_.c_str()) != 0) fail();
+    finished_ = true;
   }
 
  private:
@@ -210,6 +213,7 @@ class OutputFile {
   }
   std::string path_, temporary_;
   int fd_ = -1;
+  bool finished_ = false;
 };
 
 }  // namespace
