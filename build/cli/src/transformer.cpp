@@ -18,7 +18,7 @@ constexpr size_t kDimsPerPiece = 64;    // two cache lines of each position's va
 constexpr size_t kScreenRowsPerPiece = 256;
 constexpr size_t kCandidatesPerPiece = 16;
 // How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
-// vector stay within 8 but for one row in 10¹⁵; docs/performance.md has the largest distances met.
+// vector stay within 8 but for one row in 10¹⁵; docs/performance.md says what it was tried on.
 constexpr float kScreenDeviations = 8.0f;
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
@@ -98,7 +98,8 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
   const size_t per_token =
       6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
   const size_t scores = score_heads(c, n_threads) * blocks_of(max_context) * kPositionsPerBlock;
-  return max_batch * per_token + 4 * scores + n_threads * (4 * max_batch * kRowsPerPiece + LutScratch::bytes(32));
+  return max_batch * per_token + 4 * scores +
+         n_threads * (4 * max_batch * kRowsPerPiece + LutScratch::bytes(kMaxLutLanes));
 }
 
 // Section 3 of the model's description, block after block.
@@ -301,7 +302,7 @@ bool Transformer::can_screen() const {
 // What screen_rows needs of one output vector. The numbers of a split row are (upper << bits) + lower − zero: the lower
 // bits are taken as their middle, and their error as that of a uniform choice; the error of quantising the vector is
 // added to it.
-void Transformer::prepare_screen(const float* x, Screen& screen) {
+Screen Transformer::prepare_screen(const float* x) {
   const RowType type = model_.output().type;
   const float steps = type == RowType::kSplit8 ? 16.0f : 4.0f, zero = type == RowType::kSplit8 ? 128.0f : 32.0f;
   int32_t sum;
@@ -318,13 +319,12 @@ void Transformer::prepare_screen(const float* x, Screen& screen) {
     screen_corrections_[b] = (zero - (steps - 1.0f) / 2.0f) / steps * static_cast<float>(total);
     screen_variances_[b] = lower_variance * squares + quantising_variance;
   }
-  screen = {screen_values_.data(), screen_corrections_.data(), screen_variances_.data(), steps / s};
+  return {screen_values_.data(), screen_corrections_.data(), screen_variances_.data(), steps / s};
 }
 
-void Transformer::screened_best(const float* x, size_t k, std::vector<Candidate>& out) {
+std::vector<Candidate> Transformer::screened_best(const float* x, size_t k) {
   const FloatRows& output = model_.output();
-  Screen screen{};
-  prepare_screen(x, screen);
+  const Screen screen = prepare_screen(x);
   estimates_.resize(output.rows);
   deviations_.resize(output.rows);
   pool_.for_each((output.rows + kScreenRowsPerPiece - 1) / kScreenRowsPerPiece, [&](size_t piece, size_t) {
@@ -333,7 +333,7 @@ void Transformer::screened_best(const float* x, size_t k, std::vector<Candidate>
   });
   // The k rows of the best estimates are computed first. No row whose upper end stays below the least of them can be
   // among the best k.
-  out = best_of(estimates_, k);
+  std::vector<Candidate> out = best_of(estimates_, k);
   exact_logits(x, out, 0);
   float least = std::numeric_limits<float>::infinity();
   for (Candidate& candidate : out) {
@@ -343,6 +343,7 @@ void Transformer::screened_best(const float* x, size_t k, std::vector<Candidate>
   for (size_t r = 0; r < output.rows; r++)
     if (estimates_[r] + kScreenDeviations * deviations_[r] >= least) out.push_back({0.0f, static_cast<int32_t>(r)});
   exact_logits(x, out, k);
+  return out;
 }
 
 // Fills in the logits of the candidates from `first` on.
@@ -363,7 +364,7 @@ std::vector<Candidate> Transformer::best(size_t which, size_t k) {
   const float* x = &outputs_[which * config_.dim];
   k = std::min(k, config_.n_vocab);
   if (can_screen()) {
-    screened_best(x, k, candidates);
+    candidates = screened_best(x, k);
   } else {
     estimates_.resize(config_.n_vocab);
     multiply_output(x, 1, estimates_.data());

@@ -80,8 +80,8 @@ class Transformer {
   void norm_outputs(std::span<const BatchToken> batch);
   void multiply_output(const float* x, size_t n, float* out);
   bool can_screen() const;
-  void prepare_screen(const float* x, Screen& screen);
-  void screened_best(const float* x, size_t k, std::vector<Candidate>& out);
+  Screen prepare_screen(const float* x);
+  std::vector<Candidate> screened_best(const float* x, size_t k);
   void exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first);
   template <class F>
   void for_each_token(F&& f);

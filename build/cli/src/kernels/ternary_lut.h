@@ -6,9 +6,7 @@
 // and its four 2-bit codes, read as digits of base 3, are the number of its sum. Included once by avx2.cpp and
 // avx512.cpp, inside their namespaces, after lanes_*.h.
 
-constexpr size_t kLutGroups =
-    8;  // tables at a time: 81 sums each, 21 kB (AVX2) or 41 kB (AVX-512), beside L1's other guests
-constexpr size_t kLutEntries = 81;
+static_assert(kLutLanes <= kMaxLutLanes);
 constexpr size_t kBlocksPerFlush = 2;  // of 32 groups, each at most 4 · 127: a 16-bit sum holds 64 groups
 
 // 2-bit codes → numbers of base 3, for 32 bytes: both nibbles are looked up and added.
