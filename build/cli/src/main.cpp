@@ -106,7 +106,7 @@ struct ModelOptions {
         ->transform(in_range<size_t>(1, 1024))
         ->capture_default_str();
     command.add_option("--isa", engine.isa, "kernels; default: the best this processor has; changes no result")
-        ->transform(one_of<Isa>({Isa::kScalar, Isa::kAvx2, Isa::kAvx512}))
+        ->transform(one_of<Isa>({std::begin(kIsas), std::end(kIsas)}))
         ->check([](const std::string& value) {
           const Isa isa = static_cast<Isa>(std::stoi(value));
           return supported(isa) ? std::string() : "this processor does not have " + std::string(name_of(isa));

@@ -49,6 +49,10 @@ const float* vector(const GgufFile& file, const std::string& name, size_t n) {
   return reinterpret_cast<const float*>(tensor->bytes.data());
 }
 
+bool must_expand(const TernaryMatrix& m, const Kernels& kernels) {
+  return m.type == TernaryType::kTrits && !(kernels.reads_trits && m.cols <= kMaxTritCols);
+}
+
 TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor* tensor = find(file, name, {cols, rows});
   if (tensor->type != TensorType::kI2_S && tensor->type != TensorType::kTrits)
@@ -57,9 +61,9 @@ TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows
     invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) + " weights, not a multiple of " +
                       std::to_string(kTernaryBlock));
   const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor->bytes.data());
-  const bool packed = tensor->type == TensorType::kTrits;
-  TernaryMatrix matrix{packed ? nullptr : data, packed ? data : nullptr, rows, cols, 0.0f};
-  std::memcpy(&matrix.scale, data + (packed ? matrix.packed_bytes() : matrix.bytes()), sizeof(float));
+  const TernaryType type = tensor->type == TensorType::kTrits ? TernaryType::kTrits : TernaryType::kCodes;
+  TernaryMatrix matrix{type, data, rows, cols, 0.0f};
+  std::memcpy(&matrix.scale, data + matrix.bytes(), sizeof(float));
   if (!std::isfinite(matrix.scale)) invalid(file, "tensor " + name + " has a scale that is not finite");
   return matrix;
 }
@@ -212,54 +216,46 @@ void Model::for_each_matrix(F&& f) const {
 }
 
 Model::~Model() {
-  if (expanded_) munmap(expanded_, expanded_bytes());
+  if (expanded_) munmap(expanded_, expanded_bytes_);
 }
 
 void Model::expand(ThreadPool& pool, const Kernels& kernels) {
-  if (expanded_bytes() == 0) return;
-  expanded_ = mmap(nullptr, expanded_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  expanded_bytes_ = expanded_bytes(kernels);
+  if (expanded_bytes_ == 0) return;
+  expanded_ = mmap(nullptr, expanded_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (expanded_ == MAP_FAILED) {
     expanded_ = nullptr;
     throw Error(ExitCode::kOutOfMemory,
-                "not enough memory: the expanded weights take " + std::to_string(expanded_bytes() >> 20) + " MiB");
+                "not enough memory: the expanded weights take " + std::to_string(expanded_bytes_ >> 20) + " MiB");
   }
-  madvise(expanded_, expanded_bytes(), MADV_HUGEPAGE);
+  madvise(expanded_, expanded_bytes_, MADV_HUGEPAGE);
   struct Piece {
-    const TernaryMatrix* matrix;
+    TernaryRows trits;
     uint8_t* codes;
-    size_t first_row, n_rows;
   };
   constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
   std::vector<Piece> pieces;
   uint8_t* next = static_cast<uint8_t*>(expanded_);
   for (Layer& layer : layers_)
     for (TernaryMatrix* m : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
-      if (!m->packed) continue;
-      m->codes = next;
+      if (!must_expand(*m, kernels)) continue;
+      const TernaryRows trits = m->all();
+      m->type = TernaryType::kCodes;
+      m->data = next;
       for (size_t r = 0; r < m->rows; r += kRowsPerPiece)
-        pieces.push_back({m, next, r, std::min(kRowsPerPiece, m->rows - r)});
+        pieces.push_back({trits.slice(r, std::min(kRowsPerPiece, m->rows - r)), next + r * m->all().row_bytes()});
       next += m->bytes();
     }
   pool.for_each(pieces.size(), [&](size_t i, size_t) {
-    const TernaryMatrix& m = *pieces[i].matrix;
-    const size_t row_bytes = m.cols / 4, packed_row_bytes = m.row_units() * TernaryMatrix::kPackedUnit;
-    const size_t whole_units = row_bytes / TernaryMatrix::kCodeUnit, rest = row_bytes % TernaryMatrix::kCodeUnit;
-    const uint8_t* packed = m.packed + pieces[i].first_row * packed_row_bytes;
-    uint8_t* codes = pieces[i].codes + pieces[i].first_row * row_bytes;
-    for (size_t r = 0; r < pieces[i].n_rows; r++) {
-      kernels.expand_trits(packed + r * packed_row_bytes, whole_units, codes + r * row_bytes);
-      if (rest == 0) continue;
-      uint8_t last[TernaryMatrix::kCodeUnit];
-      kernels.expand_trits(packed + r * packed_row_bytes + whole_units * TernaryMatrix::kPackedUnit, 1, last);
-      std::memcpy(codes + r * row_bytes + whole_units * TernaryMatrix::kCodeUnit, last, rest);
-    }
-    give_back(packed, pieces[i].n_rows * packed_row_bytes);
+    const TernaryRows& trits = pieces[i].trits;
+    expand_rows(kernels.expand_trits, trits, pieces[i].codes);
+    give_back(trits.data, trits.rows * trits.row_bytes());
   });
 }
 
-size_t Model::expanded_bytes() const {
+size_t Model::expanded_bytes(const Kernels& kernels) const {
   size_t bytes = 0;
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += m.packed ? m.bytes() : 0; });
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += must_expand(m, kernels) ? m.rows * m.cols / 4 : 0; });
   return bytes;
 }
 
@@ -270,12 +266,14 @@ size_t Model::bytes_per_token() const {
   return bytes;
 }
 
-size_t Model::memory_bytes() const {
+size_t Model::memory_bytes(const Kernels& kernels) const {
   const auto plane_bytes = [](const FloatRows& w) {
     return w.rows * (row_bytes(w.type, w.cols) + low_row_bytes(w.type, w.cols));
   };
   size_t bytes = bytes_per_token() + output_.rows * low_row_bytes(output_.type, output_.cols);
   if (output_.data != token_embedding_.data) bytes += plane_bytes(token_embedding_);
+  for_each_matrix(
+      [&](const TernaryMatrix& m) { bytes += must_expand(m, kernels) ? m.rows * m.cols / 4 - m.bytes() : 0; });
   return bytes;
 }
 

@@ -32,19 +32,14 @@ struct Config {
 };
 
 struct TernaryMatrix {
-  const uint8_t* codes;   // (rows, cols / 4), I2_S; nullptr in a packed file until it is expanded
-  const uint8_t* packed;  // five trits in a byte, or nullptr
+  TernaryType type;
+  const uint8_t* data;
   size_t rows;
   size_t cols;
   float scale;
 
-  TernaryRows slice(size_t first, size_t count) const { return {codes + first * (cols / 4), count, cols}; }
-  size_t bytes() const { return rows * cols / 4; }  // of the codes
-  // A packed row is a whole number of units; the last one may stand for fewer blocks.
-  size_t row_units() const { return (cols / 4 + kCodeUnit - 1) / kCodeUnit; }
-  size_t packed_bytes() const { return rows * row_units() * kPackedUnit; }
-
-  static constexpr size_t kCodeUnit = 160, kPackedUnit = 128;  // bytes that belong together
+  TernaryRows all() const { return {type, data, rows, cols}; }
+  size_t bytes() const { return rows * all().row_bytes(); }
 };
 
 struct Layer {
@@ -67,8 +62,8 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
-  // Writes the ternary weights of a packed file into memory as 2-bit codes and gives the file's pages back to the
-  // system; nothing for other files. Must be done before anything is computed. Error(kOutOfMemory).
+  // Writes the trits that the kernels do not compute with as they are into memory as 2-bit codes, and gives the file's
+  // pages back to the system. Must be done before anything is computed. Error(kOutOfMemory).
   void expand(ThreadPool& pool, const Kernels& kernels);
 
   const Config& config() const { return config_; }
@@ -83,8 +78,8 @@ class Model {
   // Weights read to compute one token (embedding row not counted): ternary codes, norms and the output matrix, of a
   // split one the upper plane.
   size_t bytes_per_token() const;
-  size_t memory_bytes() const;    // all weights, in memory or in the map
-  size_t expanded_bytes() const;  // what expand() allocates
+  size_t memory_bytes(const Kernels& kernels) const;    // all weights, expanded where they must be, or in the map
+  size_t expanded_bytes(const Kernels& kernels) const;  // what expand() allocates
 
  private:
   Config config_;
@@ -96,6 +91,7 @@ class Model {
   std::vector<Layer> layers_;
   std::vector<float> rope_frequencies_;
   void* expanded_ = nullptr;
+  size_t expanded_bytes_ = 0;
 };
 
 }  // namespace bitnet

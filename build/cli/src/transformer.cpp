@@ -222,8 +222,8 @@ void Transformer::project(std::initializer_list<Projection> projections) {
 
 void Transformer::by_lookup(const Piece& piece, size_t thread) {
   const TernaryMatrix& w = *piece.projection->matrix;
-  kernels_.ternary_lut(w.slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols], piece.n_tokens,
-                       &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
+  kernels_.ternary_lut(w.all().slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols],
+                       piece.n_tokens, &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
                        piece.projection->out + piece.first_token * w.rows + piece.first_row, w.rows);
 }
 
@@ -232,7 +232,7 @@ void Transformer::by_multiplication(const Piece& piece, size_t thread) {
   int32_t* sums = sums_[thread].data();
   const Activations activations{&quantised_[piece.first_token * w.cols], &quantised_sums_[piece.first_token],
                                 piece.n_tokens};
-  kernels_.ternary_matmul(w.slice(piece.first_row, piece.n_rows), activations, sums, kRowsPerPiece);
+  kernels_.ternary_matmul(w.all().slice(piece.first_row, piece.n_rows), activations, sums, kRowsPerPiece);
   for (size_t i = 0; i < piece.n_tokens; i++) {
     const size_t t = piece.first_token + i;
     kernels_.dequantize(sums + i * kRowsPerPiece, quantised_scales_[t], w.scale, piece.n_rows,
