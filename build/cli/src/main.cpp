@@ -356,7 +356,8 @@ struct Info {
     }
     const Model model(file);
     const Config& c = model.config();
-    std::printf("\nparameters %zu, weights read for a token %zu bytes\n", model.n_params(), model.bytes_per_token());
+    std::printf("\nparameters %zu, weights read for a token %zu bytes\n", model.n_params(),
+                model.bytes_per_token(kernels_for(best_isa())));
     for (const CacheType type : {CacheType::kF16, CacheType::kF32})
       std::printf("KV cache (%s) %zu bytes a position, %zu for %zu\n", std::string(name_of(type)).c_str(),
                   KvCache::bytes_per_position(c, type), c.n_ctx * KvCache::bytes_per_position(c, type), c.n_ctx);

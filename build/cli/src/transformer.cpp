@@ -12,6 +12,7 @@ namespace bitnet {
 namespace {
 
 constexpr size_t kRowsPerPiece = 128;  // of a ternary matrix, for one thread at a time: 82 kB at 2,560 columns
+constexpr size_t kExpandedRows = 16;   // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kLogitRowsPerPiece = 64;
 constexpr size_t kLongContext = 256;    // positions from which one token's attention is cut up
 constexpr size_t kBlocksPerPiece = 16;  // 256 positions: 64 kB of keys in f16
@@ -89,8 +90,7 @@ std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
   return best.take();
 }
 
-Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch,
-                         size_t max_context)
+Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context)
     : model_(model),
       config_(model.config()),
       kernels_(kernels),
@@ -115,6 +115,7 @@ Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool&
       screen_variances_(screen_blocks(config_)),
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
+      codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
       max_stride_(blocks_of(max_context) * kPositionsPerBlock),
       scores_(score_heads(config_, pool.size()) * max_stride_),
@@ -133,6 +134,7 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
 // Section 3 of the model's description, block after block.
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
+  if (n_passes_++ > 0) model_.settle(pool_, kernels_);
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_);
   embed(batch);
@@ -232,11 +234,27 @@ void Transformer::by_multiplication(const Piece& piece, size_t thread) {
   int32_t* sums = sums_[thread].data();
   const Activations activations{&quantised_[piece.first_token * w.cols], &quantised_sums_[piece.first_token],
                                 piece.n_tokens};
-  kernels_.ternary_matmul(w.all().slice(piece.first_row, piece.n_rows), activations, sums, kRowsPerPiece);
+  const TernaryRows rows = w.all().slice(piece.first_row, piece.n_rows);
+  if (rows.type == TernaryType::kCodes)
+    kernels_.ternary_matmul(rows, activations, sums, kRowsPerPiece);
+  else if (piece.n_tokens == 1 && kernels_.trits_by_vector)
+    kernels_.trits_by_vector(rows, activations.values, activations.sums[0], sums);
+  else
+    by_expansion(rows, activations, sums, codes_[thread]);
   for (size_t i = 0; i < piece.n_tokens; i++) {
     const size_t t = piece.first_token + i;
     kernels_.dequantize(sums + i * kRowsPerPiece, quantised_scales_[t], w.scale, piece.n_rows,
                         piece.projection->out + t * w.rows + piece.first_row);
+  }
+}
+
+// Expands some rows into the processor's cache and multiplies those.
+void Transformer::by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums,
+                               std::vector<uint8_t>& codes) {
+  for (size_t r = 0; r < trits.rows; r += kExpandedRows) {
+    const size_t n = std::min(kExpandedRows, trits.rows - r);
+    expand_rows(kernels_.expand_trits, trits.slice(r, n), codes.data());
+    kernels_.ternary_matmul({TernaryType::kCodes, codes.data(), n, trits.cols}, x, sums + r, kRowsPerPiece);
   }
 }
 

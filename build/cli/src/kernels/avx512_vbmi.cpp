@@ -104,33 +104,19 @@ inline void rows(const TernaryRows& w, size_t first, const int8_t* x, const int8
     out[first + static_cast<size_t>(r)] = _mm512_reduce_add_epi32(_mm512_add_epi32(acc[r][0], acc[r][1])) - sum;
 }
 
-void by_one_token(const TernaryRows& w, const Activations& x, int32_t* out) {
+void trits_by_vector(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
   const size_t whole = (w.row_bytes() / kTritUnit - 1) * kUnitCols;
   alignas(64) int8_t last[kUnitCols];
-  for (size_t i = 0; i < kUnitCols; i++) last[i] = whole + i < w.cols ? x.values[whole + i] : int8_t{0};
+  for (size_t i = 0; i < kUnitCols; i++) last[i] = whole + i < w.cols ? x[whole + i] : int8_t{0};
   size_t r = 0;
-  for (; r + 4 <= w.rows; r += 4) rows<4>(w, r, x.values, last, x.sums[0], out);
-  for (; r < w.rows; r++) rows<1>(w, r, x.values, last, x.sums[0], out);
-}
-
-// Several tokens pay for expanding eight rows at a time into the first-level cache.
-void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
-  if (w.type == TernaryType::kCodes) return kAvx512Kernels.ternary_matmul(w, x, out, out_stride);
-  if (x.n_tokens == 1) return by_one_token(w, x, out);
-  constexpr size_t kRows = 8;
-  alignas(64) uint8_t codes[kRows * kMaxTritCols / 4];
-  for (size_t r = 0; r < w.rows; r += kRows) {
-    const TernaryRows part = w.slice(r, w.rows - r < kRows ? w.rows - r : kRows);
-    expand_rows(expand_trits, part, codes);
-    kAvx512Kernels.ternary_matmul({TernaryType::kCodes, codes, part.rows, part.cols}, x, out + r, out_stride);
-  }
+  for (; r + 4 <= w.rows; r += 4) rows<4>(w, r, x, last, sum, out);
+  for (; r < w.rows; r++) rows<1>(w, r, x, last, sum, out);
 }
 
 Kernels with_trits(Kernels table) {
   table.isa = Isa::kAvx512Vbmi;
-  table.ternary_matmul = ternary_matmul;
   table.expand_trits = expand_trits;
-  table.reads_trits = true;
+  table.trits_by_vector = trits_by_vector;
   return table;
 }
 

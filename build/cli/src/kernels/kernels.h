@@ -41,7 +41,6 @@ std::string_view name_of(CacheType type);
 // − 1. Trits: five in a byte; rows are whole numbers of units, of which the last may stand for fewer than five blocks.
 enum class TernaryType { kCodes, kTrits };
 inline constexpr size_t kCodeUnit = 160, kTritUnit = 128;  // bytes of five blocks as codes and as trits
-inline constexpr size_t kMaxTritCols = 16384;              // of a row that is computed with as it is
 
 // A run of rows of a ternary matrix.
 struct TernaryRows {
@@ -101,11 +100,11 @@ struct Kernels {
   // out[i] = clip(rint(x[i] · s), −128, 127) with s = 127 / max(|x|, 1e-5), which is returned; *sum = Σ out[i].
   float (*quantize)(const float* x, size_t n, int8_t* out, int32_t* sum);
 
-  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Takes codes, and trits in rows of at most
-  // kMaxTritCols where it `reads_trits`.
+  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Of codes.
   void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
-  bool reads_trits;
+  // The same for one token, of trits; nullptr where expanding them to codes, once for all tokens, is better.
+  void (*trits_by_vector)(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out);
 
   // Five trits in a byte → 2-bit codes of I2_S: each unit of 128 bytes gives 160. The bytes of a unit are four rows of
   // 32, and so are the first four of its five blocks of codes: byte p of row i is the block's byte p as a number of
