@@ -1,6 +1,7 @@
 // The forward pass: tokens in, logits out. Knows nothing of text.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -63,6 +64,13 @@ class Transformer {
     const TernaryMatrix* matrix;
     float* out;  // (n_tokens, matrix->rows)
   };
+  // Rows that lie one after another in memory. Those of one loop: at most three matrices.
+  struct Region {
+    const uint8_t* data = nullptr;
+    size_t rows = 0, row_bytes = 0;
+  };
+  using Regions = std::array<Region, 3>;
+
   // What one thread does at a time: some rows of a projection for some tokens.
   struct Piece {
     const Projection* projection;
@@ -71,8 +79,12 @@ class Transformer {
   };
 
   void embed(std::span<const BatchToken> batch);
-  void norm_and_quantize(const float* in, const float* weight, size_t dim);  // → quantised_
-  void project(std::initializer_list<Projection> projections);               // from quantised_
+  void norm_and_quantize(const float* in, const float* weight, size_t dim);          // → quantised_
+  void project(std::initializer_list<Projection> projections, const Regions& next);  // from quantised_
+  void fetch_ahead(const Regions& regions, size_t thread) const;
+  Regions attention_inputs(size_t layer) const;
+  static Region region(const TernaryMatrix& m);
+  static Region region(const FloatRows& w);
   void by_lookup(const Piece& piece, size_t thread);
   void by_multiplication(const Piece& piece, size_t thread);
   void by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums, std::vector<uint8_t>& codes);
