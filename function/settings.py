@@ -90,7 +90,7 @@ class Settings:
     """Context in tokens, prompt and answer together. 0: the model's, at most 2048; above the model's is an error."""
     threads: Annotated[int, _within(schema.Integer(0, 256))] = 0
     """Threads of the engine. 0: on Lambda as many as the memory setting pays for, elsewhere the engine's own choice."""
-    kv_type: Annotated[str, _choice("f16", "f32")] = "f16"
+    kv_type: Annotated[str, _choice("f16", "f32", "i8")] = "f16"
     """Type of the K and V cache."""
 
     n_predict: Annotated[int, _within(schema.N_PREDICT)] = 128
