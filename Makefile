@@ -98,7 +98,9 @@ test-image: setup-test ## build the image and try it in containers (docker or po
 	    $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
 
 .PHONY: check-infra
-check-infra: setup-test setup-infra cli ## the templates: expanded, linted, scanned, tested, and made into stacks in moto
+check-infra: setup-test setup-infra cli ## the workflows, and the templates: expanded, linted, scanned, tested, made into stacks in moto
+	@$(INFRA_VENV)/bin/actionlint
+	@$(INFRA_VENV)/bin/zizmor --offline --quiet .github/workflows
 	@AWS_DEFAULT_REGION=us-east-1 $(INFRA_VENV)/bin/python tests/infra/expand.py template.yaml $(OUT)/template.json
 	@$(INFRA_VENV)/bin/cfn-lint --regions us-east-1 eu-west-1 -- $(INFRA_TEMPLATES)
 	@$(INFRA_VENV)/bin/checkov --framework cloudformation --skip-download --quiet --compact --file $(INFRA_TEMPLATES)
