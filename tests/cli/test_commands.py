@@ -28,7 +28,8 @@ def processor_isas() -> list[str]:
     """The instruction sets that this processor has kernels for, as the kernel lists its flags."""
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags")[1].splitlines()[0]))
     avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
-    return ["scalar", "avx2"] + (["avx512"] if avx512 <= flags else [])
+    vbmi = avx512 | {"avx512vbmi"}
+    return ["scalar", "avx2"] + (["avx512"] if avx512 <= flags else []) + (["avx512-vbmi"] if vbmi <= flags else [])
 
 
 # generate

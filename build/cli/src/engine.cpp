@@ -18,7 +18,7 @@ size_t checked_context(const EngineOptions& options, const Config& config) {
 
 // Said before anything large is touched: an allocation succeeds on Linux long after the memory has run out.
 void require_memory(const EngineOptions& options, const Model& model, size_t n_ctx, size_t n_threads) {
-  const size_t weights = model.memory_bytes();
+  const size_t weights = model.memory_bytes(kernels_for(options.isa));
   const size_t cache = n_ctx * KvCache::bytes_per_position(model.config(), options.kv_type);
   const size_t buffers = Transformer::buffer_bytes(model.config(), options.batch_size, n_ctx, n_threads);
   const size_t memory = available_memory(), addresses = available_address_space();
@@ -28,7 +28,7 @@ void require_memory(const EngineOptions& options, const Model& model, size_t n_c
   if (weights + cache + buffers > memory)
     throw Error(ExitCode::kOutOfMemory, "not enough memory: the weights take " + mib(weights) + ", " + own + "; " +
                                             mib(memory) + " are available");
-  if (cache + buffers + model.expanded_bytes() > addresses)  // the file is mapped already
+  if (cache + buffers + model.settled_bytes(kernels_for(options.isa)) > addresses)  // the file is mapped already
     throw Error(ExitCode::kOutOfMemory,
                 "not enough memory: " + own + "; the limit of the address space leaves " + mib(addresses));
 }
@@ -57,8 +57,6 @@ Engine::Engine(const EngineOptions& options)
       kv_type(options.kv_type),
       isa(options.isa),
       pool(checked_threads(options, model, n_ctx)),
-      transformer(model, kernels_for(options.isa), pool, options.batch_size, n_ctx) {
-  model.expand(pool, kernels_for(options.isa));
-}
+      transformer(model, kernels_for(options.isa), pool, options.batch_size, n_ctx) {}
 
 }  // namespace bitnet

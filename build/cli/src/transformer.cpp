@@ -1,6 +1,7 @@
 #include "transformer.h"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
 #include <cmath>
 #include <limits>
@@ -10,20 +11,60 @@
 namespace bitnet {
 namespace {
 
-constexpr size_t kRowsPerPiece = 128;  // of a ternary matrix, for one thread at a time: 82 kB at 2,560 columns
+constexpr size_t kRowsPerPiece = 128;             // for one thread at a time: 82 kB of codes at 2,560 columns
+constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for before it waits for the others
+constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kLogitRowsPerPiece = 64;
 constexpr size_t kLongContext = 256;    // positions from which one token's attention is cut up
 constexpr size_t kBlocksPerPiece = 16;  // 256 positions: 64 kB of keys in f16
 constexpr size_t kDimsPerPiece = 64;    // two cache lines of each position's value in f16
-constexpr size_t kScreenRowsPerPiece = 256;
 constexpr size_t kCandidatesPerPiece = 16;
+constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for by screening
 // How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
 // vector stay within 8 but for one row in 10¹⁵; docs/performance.md says what it was tried on.
 constexpr float kScreenDeviations = 8.0f;
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+size_t round_up(size_t a, size_t unit) { return ceil_div(a, unit) * unit; }
+
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
-size_t screen_blocks(const Config& c) { return (c.dim / kScaleBlock + kLanes - 1) / kLanes * kLanes; }
+size_t screen_blocks(const Config& c) { return round_up(c.dim / kScaleBlock, kLanes); }
+
+bool is_allowed(std::span<const uint64_t> allowed, size_t token) {
+  return allowed.empty() || (allowed[token / 64] >> token % 64 & 1) != 0;
+}
+
+// The k best of the candidates that are offered.
+class Best {
+ public:
+  explicit Best(size_t k) : k_(k) { heap_.reserve(k); }
+
+  // What a logit must at least be to be taken.
+  const float& least() const { return least_; }
+
+  void offer(Candidate candidate) {
+    // A model with wrong weights may give NaN, which nothing could be ordered by.
+    if (std::isnan(candidate.logit)) candidate.logit = -kInfinity;
+    if (heap_.size() == k_) {
+      if (!better(candidate, heap_.front())) return;
+      std::pop_heap(heap_.begin(), heap_.end(), better);
+      heap_.pop_back();
+    }
+    heap_.push_back(candidate);
+    std::push_heap(heap_.begin(), heap_.end(), better);
+    if (heap_.size() == k_) least_ = heap_.front().logit;
+  }
+
+  std::vector<Candidate> take() { return std::move(heap_); }
+
+ private:
+  size_t k_;
+  std::vector<Candidate> heap_;  // the worst of them on top
+  float least_ = -kInfinity;
+};
 
 // How many of n tokens go by look-up: whole tiles, and a rest that is large enough.
 size_t lookup_tokens(const Kernels& kernels, size_t n) {
@@ -33,10 +74,10 @@ size_t lookup_tokens(const Kernels& kernels, size_t n) {
 }
 
 size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
-  return kernels.lut_lanes == 0 ? 0 : (max_batch + kernels.lut_lanes - 1) / kernels.lut_lanes * kernels.lut_lanes;
+  return kernels.lut_lanes == 0 ? 0 : round_up(max_batch, kernels.lut_lanes);
 }
 
-size_t blocks_of(size_t n_positions) { return (n_positions + kPositionsPerBlock - 1) / kPositionsPerBlock; }
+size_t blocks_of(size_t n_positions) { return ceil_div(n_positions, kPositionsPerBlock); }
 
 // Heads whose scores are kept at a time: those of a kv head for each thread, or of a whole token.
 size_t score_heads(const Config& c, size_t n_threads) { return std::max(n_threads * c.group(), c.n_heads); }
@@ -44,25 +85,12 @@ size_t score_heads(const Config& c, size_t n_threads) { return std::max(n_thread
 }  // namespace
 
 std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
-  std::vector<Candidate> heap;  // of the k best so far, the worst of them on top
-  for (size_t i = 0; i < logits.size(); i++) {
-    // A model with wrong weights may give NaN, which nothing could be ordered by.
-    const float logit = std::isnan(logits[i]) ? -std::numeric_limits<float>::infinity() : logits[i];
-    const Candidate candidate{logit, static_cast<int32_t>(i)};
-    if (heap.size() < k) {
-      heap.push_back(candidate);
-      std::push_heap(heap.begin(), heap.end(), better);
-    } else if (better(candidate, heap.front())) {
-      std::pop_heap(heap.begin(), heap.end(), better);
-      heap.back() = candidate;
-      std::push_heap(heap.begin(), heap.end(), better);
-    }
-  }
-  return heap;
+  Best best(k);
+  for (size_t i = 0; i < logits.size(); i++) best.offer({logits[i], static_cast<int32_t>(i)});
+  return best.take();
 }
 
-Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch,
-                         size_t max_context)
+Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context)
     : model_(model),
       config_(model.config()),
       kernels_(kernels),
@@ -87,6 +115,7 @@ Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool&
       screen_variances_(screen_blocks(config_)),
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
+      codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
       max_stride_(blocks_of(max_context) * kPositionsPerBlock),
       scores_(score_heads(config_, pool.size()) * max_stride_),
@@ -105,6 +134,7 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
 // Section 3 of the model's description, block after block.
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
+  if (n_passes_++ > 0) model_.settle(pool_, kernels_);
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_);
   embed(batch);
@@ -113,20 +143,23 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     const Layer& layer = model_.layers()[i];
 
     norm_and_quantize(residual_.data(), layer.attn_norm, config_.dim);
-    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}});
+    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, {region(layer.attn_output)});
     rotate_and_store(batch, i);
     attend(batch, i);
     norm_and_quantize(attention_.data(), layer.attn_sub_norm, config_.q_dim());
-    project({{&layer.attn_output, branch_.data()}});
+    project({{&layer.attn_output, branch_.data()}}, {region(layer.gate), region(layer.up)});
     add_to_residual();
 
     norm_and_quantize(residual_.data(), layer.ffn_norm, config_.dim);
-    project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}});
+    project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}}, {region(layer.down)});
     for_each_token([&](size_t t, size_t) {
       kernels_.relu2_mul(&gate_[t * config_.ffn_dim], &up_[t * config_.ffn_dim], config_.ffn_dim);
     });
     norm_and_quantize(gate_.data(), layer.ffn_sub_norm, config_.ffn_dim);
-    project({{&layer.down, branch_.data()}});
+    if (i + 1 < config_.n_layers)
+      project({{&layer.down, branch_.data()}}, attention_inputs(i + 1));
+    else
+      project({{&layer.down, branch_.data()}}, {region(model_.output())});
     add_to_residual();
   }
   norm_outputs(batch);
@@ -163,20 +196,20 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
   });
   const size_t lanes = kernels_.lut_lanes;
   if (n_lookup_ > 0)
-    pool_.for_each((n_lookup_ + lanes - 1) / lanes, [&](size_t tile, size_t) {
+    pool_.for_each(ceil_div(n_lookup_, lanes), [&](size_t tile, size_t) {
       const size_t t = tile * lanes;
       kernels_.transpose_tile(&quantised_[t * dim], dim, std::min(lanes, n_lookup_ - t), &tiles_[t * dim]);
     });
 }
 
-void Transformer::project(std::initializer_list<Projection> projections) {
+// `next` is what will be read after this.
+void Transformer::project(std::initializer_list<Projection> projections, const Regions& next) {
   pieces_.clear();
   const size_t lanes = kernels_.lut_lanes;
   for (const Projection& p : projections) {
     const size_t rows = p.matrix->rows;
     if (n_lookup_ > 0) {
-      const size_t n_chunks = (rows + kLutRows - 1) / kLutRows,
-                   chunk = ((rows + n_chunks - 1) / n_chunks + kLanes - 1) / kLanes * kLanes;
+      const size_t chunk = round_up(ceil_div(rows, ceil_div(rows, kLutRows)), kLanes);
       for (size_t r = 0; r < rows; r += chunk)
         for (size_t t = 0; t < n_lookup_; t += lanes)
           pieces_.push_back({&p, r, std::min(chunk, rows - r), t, std::min(lanes, n_lookup_ - t)});
@@ -185,18 +218,48 @@ void Transformer::project(std::initializer_list<Projection> projections) {
       for (size_t r = 0; r < rows; r += kRowsPerPiece)
         pieces_.push_back({&p, r, std::min(kRowsPerPiece, rows - r), n_lookup_, n_ - n_lookup_});
   }
-  pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) {
-    if (pieces_[i].first_token < n_lookup_)
-      by_lookup(pieces_[i], thread);
-    else
-      by_multiplication(pieces_[i], thread);
-  });
+  pool_.for_each(
+      pieces_.size(),
+      [&](size_t i, size_t thread) {
+        if (pieces_[i].first_token < n_lookup_)
+          by_lookup(pieces_[i], thread);
+        else
+          by_multiplication(pieces_[i], thread);
+      },
+      [&](size_t thread) { fetch_ahead(next, thread); });
+}
+
+Transformer::Region Transformer::region(const TernaryMatrix& m) { return {m.data, m.rows, m.all().row_bytes()}; }
+
+Transformer::Region Transformer::region(const FloatRows& w) { return {w.data, w.rows, row_bytes(w.type, w.cols)}; }
+
+Transformer::Regions Transformer::attention_inputs(size_t layer) const {
+  const Layer& l = model_.layers()[layer];
+  return {region(l.q), region(l.k), region(l.v)};
+}
+
+// Asks for the beginning of what the thread will read of these regions, so that memory is not idle between two loops.
+// Many tokens compute for long: there it would only displace what they need.
+void Transformer::fetch_ahead(const Regions& regions, size_t thread) const {
+  if (n_lookup_ > 0) return;
+  size_t n_pieces = 0;
+  for (const Region& r : regions) n_pieces += ceil_div(r.rows, kRowsPerPiece);
+  size_t piece = pool_.first_piece(n_pieces, thread);
+  for (const Region& r : regions) {
+    if (const size_t pieces = ceil_div(r.rows, kRowsPerPiece); piece >= pieces) {
+      piece -= pieces;
+      continue;
+    }
+    const uint8_t* start = r.data + piece * kRowsPerPiece * r.row_bytes;
+    for (size_t i = 0; i < kAheadBytes; i += 64) __builtin_prefetch(start + i, 0, 2);
+    return;
+  }
 }
 
 void Transformer::by_lookup(const Piece& piece, size_t thread) {
   const TernaryMatrix& w = *piece.projection->matrix;
-  kernels_.ternary_lut(w.slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols], piece.n_tokens,
-                       &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
+  kernels_.ternary_lut(w.all().slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols],
+                       piece.n_tokens, &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
                        piece.projection->out + piece.first_token * w.rows + piece.first_row, w.rows);
 }
 
@@ -205,11 +268,27 @@ void Transformer::by_multiplication(const Piece& piece, size_t thread) {
   int32_t* sums = sums_[thread].data();
   const Activations activations{&quantised_[piece.first_token * w.cols], &quantised_sums_[piece.first_token],
                                 piece.n_tokens};
-  kernels_.ternary_matmul(w.slice(piece.first_row, piece.n_rows), activations, sums, kRowsPerPiece);
+  const TernaryRows rows = w.all().slice(piece.first_row, piece.n_rows);
+  if (rows.type == TernaryType::kCodes)
+    kernels_.ternary_matmul(rows, activations, sums, kRowsPerPiece);
+  else if (piece.n_tokens == 1 && kernels_.trits_by_vector)
+    kernels_.trits_by_vector(rows, activations.values, activations.sums[0], sums);
+  else
+    by_expansion(rows, activations, sums, codes_[thread]);
   for (size_t i = 0; i < piece.n_tokens; i++) {
     const size_t t = piece.first_token + i;
     kernels_.dequantize(sums + i * kRowsPerPiece, quantised_scales_[t], w.scale, piece.n_rows,
                         piece.projection->out + t * w.rows + piece.first_row);
+  }
+}
+
+// Expands some rows into the processor's cache and multiplies those.
+void Transformer::by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums,
+                               std::vector<uint8_t>& codes) {
+  for (size_t r = 0; r < trits.rows; r += kExpandedRows) {
+    const size_t n = std::min(kExpandedRows, trits.rows - r);
+    expand_rows(kernels_.expand_trits, trits.slice(r, n), codes.data());
+    kernels_.ternary_matmul({TernaryType::kCodes, codes.data(), n, trits.cols}, x, sums + r, kRowsPerPiece);
   }
 }
 
@@ -250,7 +329,7 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
 void Transformer::attend_long(const BatchToken& token, size_t layer) {
   const size_t group = config_.group(), head_dim = config_.head_dim, n_positions = token.position + 1;
   const size_t n_blocks = blocks_of(n_positions), stride = n_blocks * kPositionsPerBlock;
-  const size_t parts = (n_blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
+  const size_t parts = ceil_div(n_blocks, kBlocksPerPiece);
   pool_.for_each(config_.n_kv_heads * parts, [&](size_t piece, size_t) {
     const size_t head = piece / parts * group, first = piece % parts * kBlocksPerPiece;
     const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
@@ -259,7 +338,7 @@ void Transformer::attend_long(const BatchToken& token, size_t layer) {
   });
   pool_.for_each(config_.n_heads,
                  [&](size_t h, size_t) { totals_[h] = kernels_.softmax(&scores_[h * stride], n_positions); });
-  const size_t slices = (head_dim + kDimsPerPiece - 1) / kDimsPerPiece;
+  const size_t slices = ceil_div(head_dim, kDimsPerPiece);
   pool_.for_each(config_.n_kv_heads * slices, [&](size_t piece, size_t) {
     const size_t head = piece / slices * group, first = piece % slices * kDimsPerPiece;
     const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
@@ -289,7 +368,7 @@ void Transformer::logits(float* out, size_t which) { multiply_output(&outputs_[w
 void Transformer::multiply_output(const float* x, size_t n, float* out) {
   if (n == 0) return;
   const FloatRows& output = model_.output();
-  pool_.for_each((output.rows + kLogitRowsPerPiece - 1) / kLogitRowsPerPiece, [&](size_t piece, size_t) {
+  pool_.for_each(ceil_div(output.rows, kLogitRowsPerPiece), [&](size_t piece, size_t) {
     const size_t first = piece * kLogitRowsPerPiece, count = std::min(kLogitRowsPerPiece, output.rows - first);
     kernels_.dot_rows(output.slice(first, count), x, n, out + first, output.rows);
   });
@@ -322,26 +401,49 @@ Screen Transformer::prepare_screen(const float* x) {
   return {screen_values_.data(), screen_corrections_.data(), screen_variances_.data(), steps / s};
 }
 
-std::vector<Candidate> Transformer::screened_best(const float* x, size_t k) {
+std::vector<Candidate> Transformer::screened_best(const float* x, size_t k, std::span<const uint64_t> allowed) {
   const FloatRows& output = model_.output();
   const Screen screen = prepare_screen(x);
+  const size_t n_pieces = ceil_div(output.rows, kRowsPerPiece);
   estimates_.resize(output.rows);
   deviations_.resize(output.rows);
-  pool_.for_each((output.rows + kScreenRowsPerPiece - 1) / kScreenRowsPerPiece, [&](size_t piece, size_t) {
-    const size_t first = piece * kScreenRowsPerPiece, count = std::min(kScreenRowsPerPiece, output.rows - first);
-    kernels_.screen_rows(output.slice(first, count), screen, &estimates_[first], &deviations_[first]);
-  });
+  best_estimates_.resize(n_pieces);
+  highest_.resize(n_pieces);
+  pool_.for_each(
+      n_pieces,
+      [&](size_t piece, size_t) {
+        const size_t first = piece * kRowsPerPiece, end = std::min(first + kRowsPerPiece, output.rows);
+        kernels_.screen_rows(output.slice(first, end - first), screen, &estimates_[first], &deviations_[first]);
+        float best = -kInfinity, highest = -kInfinity;
+        for (size_t r = first; r < end; r++) {
+          if (!is_allowed(allowed, r)) estimates_[r] = -kInfinity;
+          best = std::max(best, estimates_[r]);  // NaN, of wrong weights, is passed over here and below
+          highest = std::max(highest, estimates_[r] + kScreenDeviations * deviations_[r]);
+        }
+        best_estimates_[piece] = best;
+        highest_[piece] = highest;
+      },
+      [&](size_t thread) { fetch_ahead(attention_inputs(0), thread); });
+  // Calls f with the rows of those pieces whose value is at least `least`.
+  const auto for_rows = [&](const std::vector<float>& of_piece, const float& least, auto&& f) {
+    for (size_t piece = 0; piece < n_pieces; piece++)
+      if (of_piece[piece] >= least)
+        for (size_t r = piece * kRowsPerPiece; r < std::min((piece + 1) * kRowsPerPiece, output.rows); r++) f(r);
+  };
   // The k rows of the best estimates are computed first. No row whose upper end stays below the least of them can be
   // among the best k.
-  std::vector<Candidate> out = best_of(estimates_, k);
+  Best best(k);
+  for_rows(best_estimates_, best.least(), [&](size_t r) { best.offer({estimates_[r], static_cast<int32_t>(r)}); });
+  std::vector<Candidate> out = best.take();
   exact_logits(x, out, 0);
-  float least = std::numeric_limits<float>::infinity();
+  float least = kInfinity;
   for (Candidate& candidate : out) {
     least = std::min(least, candidate.logit);
     estimates_[static_cast<size_t>(candidate.token)] = std::numeric_limits<float>::quiet_NaN();  // done
   }
-  for (size_t r = 0; r < output.rows; r++)
+  for_rows(highest_, least, [&](size_t r) {
     if (estimates_[r] + kScreenDeviations * deviations_[r] >= least) out.push_back({0.0f, static_cast<int32_t>(r)});
+  });
   exact_logits(x, out, k);
   return out;
 }
@@ -349,27 +451,37 @@ std::vector<Candidate> Transformer::screened_best(const float* x, size_t k) {
 // Fills in the logits of the candidates from `first` on.
 void Transformer::exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first) {
   const size_t n = candidates.size() - first;
-  pool_.for_each((n + kCandidatesPerPiece - 1) / kCandidatesPerPiece, [&](size_t piece, size_t) {
+  pool_.for_each(ceil_div(n, kCandidatesPerPiece), [&](size_t piece, size_t) {
     const size_t begin = first + piece * kCandidatesPerPiece;
     for (size_t i = begin; i < std::min(begin + kCandidatesPerPiece, candidates.size()); i++) {
       Candidate& candidate = candidates[i];
       kernels_.dot_rows(model_.output().slice(static_cast<size_t>(candidate.token), 1), x, 1, &candidate.logit, 1);
-      if (std::isnan(candidate.logit)) candidate.logit = -std::numeric_limits<float>::infinity();
+      if (std::isnan(candidate.logit)) candidate.logit = -kInfinity;
     }
   });
 }
 
-std::vector<Candidate> Transformer::best(size_t which, size_t k) {
+std::vector<Candidate> Transformer::best(size_t which, size_t k, std::span<const uint64_t> allowed) {
   std::vector<Candidate> candidates;
   const float* x = &outputs_[which * config_.dim];
   k = std::min(k, config_.n_vocab);
-  if (can_screen()) {
-    candidates = screened_best(x, k);
+  size_t n_allowed = 0;
+  for (const uint64_t word : allowed) n_allowed += static_cast<size_t>(std::popcount(word));
+  if (!allowed.empty() && n_allowed <= std::max(k, kFewTokens)) {
+    for (size_t t = 0; t < config_.n_vocab; t++)
+      if (is_allowed(allowed, t)) candidates.push_back({0.0f, static_cast<int32_t>(t)});
+    exact_logits(x, candidates, 0);
+  } else if (can_screen()) {
+    candidates = screened_best(x, k, allowed);
   } else {
     estimates_.resize(config_.n_vocab);
     multiply_output(x, 1, estimates_.data());
+    for (size_t t = 0; t < config_.n_vocab; t++)
+      if (!is_allowed(allowed, t)) estimates_[t] = -kInfinity;
     candidates = best_of(estimates_, k);
   }
+  // Tokens without a finite logit are last, and there may be some among them that are not allowed.
+  std::erase_if(candidates, [&](const Candidate& c) { return !is_allowed(allowed, static_cast<size_t>(c.token)); });
   std::sort(candidates.begin(), candidates.end(), better);
   if (candidates.size() > k) candidates.resize(k);
   return candidates;

@@ -9,6 +9,7 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <random>
 
 #include "engine.h"
@@ -44,6 +45,12 @@ std::vector<TokenId> words(const Engine& engine) {
                      "The little girl said to the old king: \"I have three golden apples, and a wolf.\"", true, false);
 }
 
+std::vector<Candidate> sorted_best(std::span<const float> logits, size_t k) {
+  std::vector<Candidate> best = best_of(logits, k);
+  std::sort(best.begin(), best.end(), better);
+  return best;
+}
+
 }  // namespace
 
 TEST_CASE("expand_trits: every byte, the same everywhere") {
@@ -57,7 +64,7 @@ TEST_CASE("expand_trits: every byte, the same everywhere") {
         CHECK((codes >> 6) * 27 + (codes >> 4 & 3) * 9 + (codes >> 2 & 3) * 3 + (codes & 3) == v % 81);
         CHECK((expected[u * 160 + 128 + p] >> (6 - 2 * i) & 3) == v / 81);
       }
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
     if (!supported(isa)) continue;
     kernels_for(isa).expand_trits(packed.data(), 243, got.data());
     CHECK(got == expected);
@@ -99,7 +106,7 @@ TEST_CASE("split rows: dot products and estimates, the same bits everywhere") {
         corrections[b] = normal(random) * 100.0f, variances[b] = std::fabs(normal(random));
       const Screen screen{values.data(), corrections.data(), variances.data(), 0.37f};
       kScalarKernels.screen_rows(w, screen, estimates.data(), deviations.data());
-      for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+      for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
         if (!supported(isa)) continue;
         kernels_for(isa).dot_rows(w, x.data(), 3, got.data(), rows);
         CHECK(got == expected);
@@ -135,7 +142,7 @@ TEST_CASE("a packed model: smaller, checksums of its chunks, best logits equal t
     CHECK(start == bytes.size());
 
     std::vector<float> expected;
-    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+    for (const Isa isa : kIsas)
       for (const size_t n_threads : {1, 3}) {
         if (!supported(isa)) continue;
         Engine engine(options(path, isa, n_threads));
@@ -146,13 +153,18 @@ TEST_CASE("a packed model: smaller, checksums of its chunks, best logits equal t
           session.evaluate(std::span(tokens).subspan(i, 1));
           engine.transformer.logits(logits.data());
           for (const size_t k : {1, 40, 100}) {
-            std::vector<Candidate> all = best_of(logits, k);
-            std::sort(all.begin(), all.end(), better);
-            const std::vector<Candidate> best = engine.transformer.best(0, k);
-            REQUIRE(best.size() == k);
-            for (size_t j = 0; j < k; j++) {
-              CHECK(best[j].token == all[j].token);
-              CHECK(best[j].logit == all[j].logit);
+            CHECK(engine.transformer.best(0, k) == sorted_best(logits, k));
+            // Few allowed tokens, and nearly all.
+            for (const size_t every : {2, 3, 50}) {
+              std::vector<uint64_t> allowed((logits.size() + 63) / 64, every == 2 ? ~uint64_t{1} : 0);
+              if (every > 2)
+                for (size_t t = 0; t < logits.size(); t += every) allowed[t / 64] |= uint64_t{1} << t % 64;
+              std::vector<float> masked = logits;
+              for (size_t t = 0; t < logits.size(); t++)
+                if ((allowed[t / 64] >> t % 64 & 1) == 0) masked[t] = -std::numeric_limits<float>::infinity();
+              std::vector<Candidate> all = sorted_best(masked, k);
+              std::erase_if(all, [](const Candidate& c) { return std::isinf(c.logit); });
+              CHECK(engine.transformer.best(0, k, allowed) == all);
             }
           }
         }
