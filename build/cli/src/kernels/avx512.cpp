@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "avx512_vbmi.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -111,7 +112,9 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {
+namespace {
+
+constexpr Kernels kTable = {
     .isa = Isa::kAvx512,
     .rms_norm = avx512::rms_norm,
     .quantize = avx512::quantize,
@@ -134,6 +137,19 @@ const Kernels kAvx512Kernels = {
     .screen_rows = avx512::screen_rows,
     .dot_rows = avx512::dot_rows,
 };
+
+constexpr Kernels with_trits(Kernels table) {
+  table.isa = Isa::kAvx512Vbmi;
+  table.expand_trits = avx512_vbmi::expand_trits;
+  table.trits_by_vector = avx512_vbmi::trits_by_vector;
+  return table;
+}
+
+}  // namespace
+
+// Without code that would run before anybody has asked what the processor can do.
+constinit const Kernels kAvx512Kernels = kTable;
+constinit const Kernels kAvx512VbmiKernels = with_trits(kTable);
 
 }  // namespace bitnet
 

@@ -1,5 +1,7 @@
-// AVX-512 with VNNI and VBMI: the table of avx512.cpp, and packed matrices without expanding them first, for a
-// permutation of bytes looks up what a byte of five trits stands for. A fifth fewer bytes are read for a token.
+// What VBMI adds to AVX-512: a permutation of bytes looks up what a byte of five trits stands for, so that packed
+// matrices need not be expanded first and a fifth fewer bytes are read for a token.
+#include "avx512_vbmi.h"
+
 #include <immintrin.h>
 
 #include <cstddef>
@@ -15,54 +17,46 @@ namespace avx512_vbmi {
 
 constexpr size_t kUnitBlocks = kCodeUnit / 32;
 constexpr size_t kUnitCols = kUnitBlocks * kTernaryBlock;
-constexpr size_t kAhead = 8192;  // bytes that one token's pass asks for ahead of its four rows, in the next ones
+constexpr size_t kRows = 2;      // that one token's pass reads side by side
+constexpr size_t kAhead = 8192;  // bytes that it asks for ahead of them, in the next rows
 
-// Byte of trits → byte of I2_S that its first four stand for.
-struct alignas(64) CodeTable {
-  constexpr CodeTable() {
-    for (unsigned v = 0; v < 256; v++)
+// Byte of trits → byte of I2_S that its first four stand for, and code of the fifth.
+struct alignas(64) Tables {
+  constexpr Tables() {
+    for (unsigned v = 0; v < 256; v++) {
       codes[v] = static_cast<uint8_t>(v % 81 / 27 << 6 | v % 27 / 9 << 4 | v % 9 / 3 << 2 | v % 3);
+      fifths[v] = static_cast<uint8_t>(v / 81);
+    }
   }
-  uint8_t codes[256] = {};
+  uint8_t codes[256] = {}, fifths[256] = {};
 };
-constexpr CodeTable kCodeTable;
+constexpr Tables kTables;
 
-// What 64 bytes of trits stand for.
-class Trits {
+// A table of 256 bytes in registers.
+class ByteTable {
  public:
-  Trits() {
-    for (int i = 0; i < 4; i++) codes_[i] = _mm512_load_si512(kCodeTable.codes + 64 * i);
+  explicit ByteTable(const uint8_t* table) {
+    for (int i = 0; i < 4; i++) part_[i] = _mm512_load_si512(table + 64 * i);
   }
-
-  // Of the first four blocks: bytes of I2_S.
-  __m512i codes(__m512i bytes) const {
-    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), _mm512_permutex2var_epi8(codes_[0], bytes, codes_[1]),
-                                  _mm512_permutex2var_epi8(codes_[2], bytes, codes_[3]));
-  }
-
-  // Of the fifth block: one code a byte.
-  static __m512i fifth(__m512i bytes) {
-    const __m512i one = _mm512_set1_epi8(1);
-    const __m512i once =
-        _mm512_maskz_mov_epi8(_mm512_cmpge_epu8_mask(bytes, _mm512_set1_epi8(static_cast<char>(81))), one);
-    return _mm512_mask_add_epi8(once, _mm512_cmpge_epu8_mask(bytes, _mm512_set1_epi8(static_cast<char>(162))), once,
-                                one);
+  __m512i operator[](__m512i bytes) const {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), _mm512_permutex2var_epi8(part_[0], bytes, part_[1]),
+                                  _mm512_permutex2var_epi8(part_[2], bytes, part_[3]));
   }
 
  private:
-  __m512i codes_[4];
+  __m512i part_[4];
 };
 
 inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
-  const Trits trits;
+  const ByteTable code_table(kTables.codes), fifth_table(kTables.fifths);
   for (size_t u = 0; u < units; u++, packed += kTritUnit, codes += kCodeUnit) {
     const __m512i low = load512(packed), high = load512(packed + 64);
-    _mm512_storeu_si512(codes, trits.codes(low));
-    _mm512_storeu_si512(codes + 64, trits.codes(high));
-    const __m512i a = Trits::fifth(low), b = Trits::fifth(high);        // codes 0 and 1, 2 and 3 of the fifth block
+    _mm512_storeu_si512(codes, code_table[low]);
+    _mm512_storeu_si512(codes + 64, code_table[high]);
+    const __m512i a = fifth_table[low], b = fifth_table[high];          // codes 0 and 1, 2 and 3 of the fifth block
     const __m512i pairs = _mm512_or_si512(_mm512_slli_epi16(a, 4), b);  // 0 and 2, 1 and 3
     _mm256_storeu_si256(
         reinterpret_cast<__m256i*>(codes + 128),
@@ -70,15 +64,18 @@ void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
   }
 }
 
-// R rows by one token. `last`: the activations of the last unit, with zeros for the blocks that it does not have.
+// R rows by one token. `last`: the activations of the last unit, with zeros for the blocks that it does not have. Codes
+// stay where they are in their bytes: the sums with those of bits 2, 4 and 6 are 4, 16 and 64 times too large.
 template <int R>
 inline void rows(const TernaryRows& w, size_t first, const int8_t* x, const int8_t* last, int32_t sum, int32_t* out) {
-  const Trits trits;
-  const __m512i mask = _mm512_set1_epi8(3);
+  const ByteTable code_table(kTables.codes), fifth_table(kTables.fifths);
+  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
+                            _mm512_set1_epi8(0x03)};
   const size_t stride = w.row_bytes(), units = stride / kTritUnit;
   const uint8_t* data = w.data + first * stride;
-  __m512i acc[R][2];
-  for (int r = 0; r < R; r++) acc[r][0] = acc[r][1] = _mm512_setzero_si512();
+  __m512i acc[R][4];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < 4; c++) acc[r][c] = _mm512_setzero_si512();
   for (size_t u = 0; u < units; u++) {
     const int8_t* activations = u + 1 < units ? x + u * kUnitCols : last;
     for (size_t half = 0; half < 2; half++) {
@@ -91,17 +88,18 @@ inline void rows(const TernaryRows& w, size_t first, const int8_t* x, const int8
       for (int r = 0; r < R; r++) {
         const uint8_t* p = data + static_cast<size_t>(r) * stride + u * kTritUnit + half * 64;
         _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
-        const __m512i bytes = load512(p), codes = trits.codes(bytes);
-        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], _mm512_and_si512(_mm512_srli_epi16(codes, 6), mask), a[0]);
-        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], _mm512_and_si512(_mm512_srli_epi16(codes, 4), mask), a[1]);
-        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], _mm512_and_si512(_mm512_srli_epi16(codes, 2), mask), a[2]);
-        acc[r][1] = _mm512_dpbusd_epi32(acc[r][1], _mm512_and_si512(codes, mask), a[3]);
-        acc[r][0] = _mm512_dpbusd_epi32(acc[r][0], Trits::fifth(bytes), a[4]);
+        const __m512i trits = load512(p), codes = code_table[trits];
+        for (int c = 0; c < 4; c++) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], _mm512_and_si512(codes, masks[c]), a[c]);
+        acc[r][3] = _mm512_dpbusd_epi32(acc[r][3], fifth_table[trits], a[4]);
       }
     }
   }
-  for (int r = 0; r < R; r++)  // codes are weights + 1
-    out[first + static_cast<size_t>(r)] = _mm512_reduce_add_epi32(_mm512_add_epi32(acc[r][0], acc[r][1])) - sum;
+  for (int r = 0; r < R; r++) {
+    const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(acc[r][0], 6), _mm512_srai_epi32(acc[r][1], 4));
+    const __m512i low = _mm512_add_epi32(_mm512_srai_epi32(acc[r][2], 2), acc[r][3]);
+    // Codes are weights + 1.
+    out[first + static_cast<size_t>(r)] = _mm512_reduce_add_epi32(_mm512_add_epi32(high, low)) - sum;
+  }
 }
 
 void trits_by_vector(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
@@ -109,21 +107,11 @@ void trits_by_vector(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t
   alignas(64) int8_t last[kUnitCols];
   for (size_t i = 0; i < kUnitCols; i++) last[i] = whole + i < w.cols ? x[whole + i] : int8_t{0};
   size_t r = 0;
-  for (; r + 4 <= w.rows; r += 4) rows<4>(w, r, x, last, sum, out);
+  for (; r + kRows <= w.rows; r += kRows) rows<kRows>(w, r, x, last, sum, out);
   for (; r < w.rows; r++) rows<1>(w, r, x, last, sum, out);
 }
 
-Kernels with_trits(Kernels table) {
-  table.isa = Isa::kAvx512Vbmi;
-  table.expand_trits = expand_trits;
-  table.trits_by_vector = trits_by_vector;
-  return table;
-}
-
 }  // namespace avx512_vbmi
-
-const Kernels kAvx512VbmiKernels = avx512_vbmi::with_trits(kAvx512Kernels);
-
 }  // namespace bitnet
 
 #pragma GCC pop_options
