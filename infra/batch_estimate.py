@@ -76,22 +76,37 @@ def read(path: Path, parts: Application) -> Iterator[Line]:
 
 
 def _tokens(request: object, parts: Application, n_ctx: int) -> tuple[int, int]:
-    """Tokens of the prompt, and of the answer at most."""
+    """Tokens of the prompt, and of the answer at most; of all of them where a line asks for several."""
     url, body = batch.route(request)
     if url == "/v1/chat/completions":
         text = _ask(parts, "POST", "/apply-template", {"messages": body.get("messages")})["prompt"]
-        prompt = len(_ask(parts, "POST", "/tokenize", {"content": text, "parse_special": True})["tokens"])
+        prompts = [len(_ask(parts, "POST", "/tokenize", {"content": text, "parse_special": True})["tokens"])]
     else:
-        given = schema.Prompt(parts.settings.max_prompt_bytes)("prompt", body.get("prompt"))
-        text = {"content": given, "add_special": True}
-        prompt = len(_ask(parts, "POST", "/tokenize", text)["tokens"] if isinstance(given, str) else given)
-    if prompt > n_ctx:
-        raise schema.invalid(f"the prompt has {prompt} tokens, the context {n_ctx}")
+        prompts = [_length(prompt, parts) for prompt in _prompts(body.get("prompt"))]
+    if (longest := max(prompts)) > n_ctx:
+        raise schema.invalid(f"the prompt has {longest} tokens, the context {n_ctx}")
     asked = next((body[name] for name in LENGTHS if isinstance(body.get(name), int)), None)
     if asked is None:
         asked = -1 if url == "/v1/chat/completions" else parts.settings.n_predict
-    room = n_ctx - prompt
-    return prompt, room if asked < 0 else min(asked, room)
+    answers = [n_ctx - prompt if asked < 0 else min(asked, n_ctx - prompt) for prompt in prompts]
+    choices = body["n"] if isinstance(body.get("n"), int) else 1
+    return sum(prompts), sum(answers) * max(1, choices)
+
+
+def _prompts(prompt: object) -> list[Any]:
+    """One prompt, or an array of several: of texts, or of arrays."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return prompt
+    return [prompt]
+
+
+def _length(prompt: object, parts: Application) -> int:
+    """Tokens of a prompt: a text, or an array of ids."""
+    if isinstance(prompt, str):
+        return len(_ask(parts, "POST", "/tokenize", {"content": prompt, "add_special": True})["tokens"])
+    if not isinstance(prompt, list):
+        raise schema.invalid(f"'prompt' must be a string or an array of token ids, got {schema.describe(prompt)}")
+    return len(prompt)
 
 
 def _ask(parts: Application, method: str, path: str, body: dict[str, Any]) -> Any:
