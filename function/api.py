@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
 from aws_lambda_powertools.event_handler import CORSConfig, LambdaFunctionUrlResolver, Response
 
 from function import chat_template, openai, schema
+from function.auth import ApiKey
 from function.engine import Cancellation, Engine, EngineError, Event, RefusedError
 from function.metrics import CONTENT_TYPE as METRICS
 from function.metrics import Metrics
@@ -69,10 +70,11 @@ Operation = Callable[[Mapping[str, Any], Call], dict[str, Any] | str | Generator
 class Api:
     """Answers HTTP requests and direct invocations with the same operations."""
 
-    def __init__(self, settings: Settings, engine: Engine) -> None:
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self._engine = engine
-        self._metrics = Metrics()
+        self._metrics = metrics or Metrics()
+        self._api_key = ApiKey(settings)
         self._created = int(time.time())
         self._routes: dict[tuple[str, str], Operation] = {
             ("POST", "/completion"): self._completion,
@@ -94,8 +96,11 @@ class Api:
             self._resolver.route(path, method=method)(_chosen(operation, path))
         self._resolver.not_found(_chosen(self._not_found, None))
 
-    def http(self, event: dict[str, Any], call: Call) -> HttpReply:
-        """Answers a Function URL event (payload 2.0). Every failure is an answer too."""
+    def http(self, event: dict[str, Any], call: Call, *, trusted: bool = False) -> HttpReply:
+        """Answers a Function URL event (payload 2.0). Every failure is an answer too.
+
+        `trusted`: the event did not come over HTTP, so whoever sent it had a permission instead of an API key.
+        """
         headers: dict[str, str] = {}
         try:
             _check_event(event)
@@ -104,6 +109,8 @@ class Api:
             headers = reply["headers"]
             if isinstance(reply["body"], str):  # a browser asks whether a page may
                 return self._reply(reply["statusCode"], reply["body"], call, None, headers)
+            if not trusted:
+                self._api_key.check(event)
             body = reply["body"](event, call)
         except Exception as error:
             failure = _api_error(error, call)
@@ -202,7 +209,7 @@ class Api:
     def _openapi(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         from function import openapi
 
-        return openapi.document(self._settings)
+        return self._api_key.document(openapi.document(self._settings))
 
     def _health(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         if (state := self._engine.state) == "loading":
@@ -236,7 +243,7 @@ class Api:
 
     def _whole(self, request: CompletionRequest, answer: Answer, call: Call) -> dict[str, Any]:
         (done,) = self._events(request, call)
-        call.record |= _statistics(done)
+        call.record |= _statistics(done, call)
         return answer.whole(done, self._engine.model_name)
 
     def _events(self, request: CompletionRequest, call: Call) -> Generator[Event]:
@@ -254,7 +261,7 @@ class Api:
                     if event["event"] == "token":
                         yield _sse(answer.piece(event, model))
                     else:
-                        call.record |= _statistics(event)
+                        call.record |= _statistics(event, call)
                         for body in answer.closing(event, model):
                             yield _sse(body)
             if answer.end:
@@ -286,7 +293,7 @@ class Api:
 
     def _finish(self, call: Call, status: int) -> None:
         """Counts the request and logs its one line. Nothing that the user wrote is in it, nor what was answered."""
-        self._metrics.count(status, call.record)
+        self._metrics.count(status, call.record, call.request_id)
         duration_ms = round((time.monotonic() - call.began) * 1e3, 1)
         logger.info(
             "request", extra={"request_id": call.request_id, "status": status, "duration_ms": duration_ms} | call.record
@@ -371,9 +378,18 @@ def _translate(error: Exception, call: Call) -> ApiError:
     return ApiError(500, "internal_error", "something went wrong here; the log has the details")
 
 
-def _statistics(done: Event) -> dict[str, Any]:
+def _statistics(done: Event, call: Call) -> dict[str, Any]:
+    """Of a completion that has just ended: it waited, its prompt was computed, and its tokens were generated."""
     counts = {name: done[name] for name in ("stop_type", "tokens_predicted", "tokens_evaluated", "tokens_cached")}
-    return counts | {name: round(done["timings"][name], 1) for name in ("prompt_ms", "predicted_ms")}
+    prompt_ms, predicted_ms = done["timings"]["prompt_ms"], done["timings"]["predicted_ms"]
+    first_token_ms = max(prompt_ms, (time.monotonic() - call.began) * 1e3 - predicted_ms)
+    times = {
+        "queue_ms": first_token_ms - prompt_ms,
+        "prompt_ms": prompt_ms,
+        "first_token_ms": first_token_ms,
+        "predicted_ms": predicted_ms,
+    }
+    return counts | {name: round(value, 1) for name, value in times.items()}
 
 
 def _sse(body: Mapping[str, Any]) -> str:

@@ -1,0 +1,186 @@
+"""What a file of prompts will cost at most, before anybody pays for it: `make batch-estimate FILE=prompts.jsonl`.
+
+Lines are read and prompts tokenized as the function does; the answers are taken to be as long as they may be. Prices
+are those of us-east-1 and an x86 function in 2025, without the free tier; the rest is arithmetic on the rates given.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import math
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from function import batch, schema
+from function.api import Call
+from function.handler import Application, application
+from function.schema import ApiError
+
+# US dollars.
+GB_SECOND = 0.0000166667  # https://aws.amazon.com/lambda/pricing/
+INVOCATION = 0.20 / 1e6
+TRANSITION = 0.025 / 1e3  # of a standard workflow: https://aws.amazon.com/step-functions/pricing/
+S3_GET, S3_PUT = 0.0004 / 1e3, 0.005 / 1e3  # https://aws.amazon.com/s3/pricing/
+LOG_GB = 0.50  # https://aws.amazon.com/cloudwatch/pricing/
+
+TRANSITIONS_PER_INVOCATION = 4  # the start of its own execution, and three states
+LOG_BYTES_PER_PROMPT = 1000  # one line, and one of metrics
+MAX_LINE_BYTES = 200_000  # a batch of infra/batch.yaml
+LINES_SHOWN = 10  # of those that are wrong
+
+LENGTHS = ("n_predict", "max_completion_tokens", "max_tokens")
+
+
+@dataclass
+class Prompts:
+    """What is in a file: lines that are computed, their tokens, and what is wrong with the others."""
+
+    count: int = 0
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    refused: int = 0
+    fatal: int = 0
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of the file: the tokens of its prompt and of its answer, or what is wrong with it."""
+
+    number: int
+    prompt_tokens: int = 0
+    answer_tokens: int = 0
+    problem: str = ""
+    fatal: bool = False  # for all of the file, since Step Functions cannot read it
+
+
+def read(path: Path, parts: Application) -> Iterator[Line]:
+    """The lines of a file."""
+    n_ctx = _ask(parts, "GET", "/props", {})["default_generation_settings"]["n_ctx"]
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            if len(line) > MAX_LINE_BYTES:
+                problem = f"it has {len(line)} bytes, at most {MAX_LINE_BYTES} fit into a batch"
+                yield Line(number, problem=problem, fatal=True)
+                continue
+            try:
+                yield Line(number, *_tokens(json.loads(line), parts, n_ctx))
+            except ApiError as error:
+                yield Line(number, problem=error.message)
+            except ValueError as error:
+                yield Line(number, problem=f"it is not JSON: {error}", fatal=True)
+
+
+def _tokens(request: object, parts: Application, n_ctx: int) -> tuple[int, int]:
+    """Tokens of the prompt, and of the answer at most; of all of them where a line asks for several."""
+    url, body = batch.route(request)
+    if url == "/v1/chat/completions":
+        text = _ask(parts, "POST", "/apply-template", {"messages": body.get("messages")})["prompt"]
+        prompts = [len(_ask(parts, "POST", "/tokenize", {"content": text, "parse_special": True})["tokens"])]
+    else:
+        prompts = [_length(prompt, parts) for prompt in _prompts(body.get("prompt"))]
+    if (longest := max(prompts)) > n_ctx:
+        raise schema.invalid(f"the prompt has {longest} tokens, the context {n_ctx}")
+    asked = next((body[name] for name in LENGTHS if isinstance(body.get(name), int)), None)
+    if asked is None:
+        asked = -1 if url == "/v1/chat/completions" else parts.settings.n_predict
+    answers = [n_ctx - prompt if asked < 0 else min(asked, n_ctx - prompt) for prompt in prompts]
+    choices = body["n"] if isinstance(body.get("n"), int) else 1
+    return sum(prompts), sum(answers) * max(1, choices)
+
+
+def _prompts(prompt: object) -> list[Any]:
+    """One prompt, or an array of several: of texts, or of arrays."""
+    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+        return prompt
+    return [prompt]
+
+
+def _length(prompt: object, parts: Application) -> int:
+    """Tokens of a prompt: a text, or an array of ids."""
+    if isinstance(prompt, str):
+        return len(_ask(parts, "POST", "/tokenize", {"content": prompt, "add_special": True})["tokens"])
+    if not isinstance(prompt, list):
+        raise schema.invalid(f"'prompt' must be a string or an array of token ids, got {schema.describe(prompt)}")
+    return len(prompt)
+
+
+def _ask(parts: Application, method: str, path: str, body: dict[str, Any]) -> Any:
+    call = Call("estimate")
+    event = batch.http_event(path, body)
+    event["requestContext"]["http"]["method"] = method
+    reply = parts.api.http(event, call, trusted=True)
+    if call.failure is not None:
+        raise call.failure
+    return json.loads(str(reply["body"]))
+
+
+def main() -> int:
+    """Prints the estimate. Returns 1 if Step Functions would refuse the file, 2 if there is none."""
+    parser = argparse.ArgumentParser(prog="make batch-estimate FILE=…", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("file", type=Path)
+    parser.add_argument("--memory", type=int, default=10_240, help="MB of the function (MEMORY)")
+    parser.add_argument("--tokens-per-s", type=float, required=True, help="generated by one environment (TOKENS_PER_S)")
+    parser.add_argument("--prompt-tokens-per-s", type=float, required=True, help="of prompts (PROMPT_TOKENS_PER_S)")
+    parser.add_argument("--items", type=int, default=50, help="ItemsPerInvocation of infra/batch.yaml (ITEMS)")
+    parser.add_argument("--concurrency", type=int, default=8, help="MaxConcurrency of infra/batch.yaml (CONCURRENCY)")
+    parser.add_argument("--cold-start-s", type=float, default=20, help="copy and load of the model (COLD_START_S)")
+    given = parser.parse_args()
+    if not given.file.is_file():
+        print(f"batch-estimate: {given.file} is no file (FILE)", file=sys.stderr)
+        return 2
+    if min(given.memory, given.tokens_per_s, given.prompt_tokens_per_s, given.items, given.concurrency) <= 0:
+        print("batch-estimate: memory, rates, items and concurrency must be above 0", file=sys.stderr)
+        return 2
+    parts = application()
+    logging.getLogger("bitnet").setLevel(logging.WARNING)
+    found = Prompts()
+    try:
+        for line in read(given.file, parts):
+            found.count += not line.problem
+            found.refused += bool(line.problem)
+            found.fatal += line.fatal
+            found.prompt_tokens += line.prompt_tokens
+            found.answer_tokens += line.answer_tokens
+            if line.problem and found.refused <= LINES_SHOWN:
+                print(f"line {line.number}: {line.problem}", file=sys.stderr)
+        model = parts.engine.model_name
+    finally:
+        parts.engine.stop()
+    _print(found, given, model)
+    return 1 if found.fatal else 0
+
+
+def _print(found: Prompts, given: argparse.Namespace, model: str) -> None:
+    items = found.count + found.refused
+    invocations = math.ceil(items / given.items)
+    environments = min(given.concurrency, invocations)
+    computing_s = found.prompt_tokens / given.prompt_tokens_per_s + found.answer_tokens / given.tokens_per_s
+    billed_s = computing_s + environments * given.cold_start_s
+    costs = {
+        f"Lambda, {given.memory} MB": billed_s * given.memory / 1024 * GB_SECOND + invocations * INVOCATION,
+        "Step Functions": (invocations * TRANSITIONS_PER_INVOCATION + 1) * TRANSITION,
+        "S3": invocations * (S3_GET + 2 * S3_PUT),
+        "CloudWatch Logs": items * LOG_BYTES_PER_PROMPT / 1e9 * LOG_GB,
+    }
+    print(f"{'prompts':<28}{found.count:>16,}")
+    print(f"{'lines that are refused':<28}{found.refused:>16,}")
+    print(f"{'tokens of prompts':<28}{found.prompt_tokens:>16,}   counted with {model}")
+    print(f"{'tokens of answers, at most':<28}{found.answer_tokens:>16,}")
+    rates = f"{given.prompt_tokens_per_s:g} and {given.tokens_per_s:g} tokens/s, as given"
+    print(f"{'seconds of computing':<28}{computing_s:>16,.0f}   at {rates}")
+    print(f"{'invocations':<28}{invocations:>16,}   of {given.items} prompts, {environments} at the same time")
+    print(f"{'hours it takes':<28}{billed_s / max(environments, 1) / 3600:>16,.2f}")
+    for name, dollars in costs.items():
+        print(f"{name:<28}{dollars:>16,.4f} $")
+    print(f"{'together, at most':<28}{sum(costs.values()):>16,.4f} $")
+    if found.fatal:
+        print(f"{found.fatal} lines are such that Step Functions would refuse the whole file", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
