@@ -97,6 +97,42 @@ test-image: setup-test ## build the image and try it in containers (docker or po
 	  IMAGE=bitnet-lambda-test BASE="$${base:-$$(sed -n 's/^ARG PYTHON_IMAGE=//p' build/Dockerfile)}" \
 	    $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
 
+# The model, from the Hugging Face hub (REPOSITORY, FILE, REVISION, SHA256) or a file of your own (GGUF), to ./models and S3.
+from_hub = $(foreach option,REPOSITORY FILE REVISION SHA256,$(if $($(option)),--$(shell tr A-Z a-z <<<$(option)) '$($(option))'))
+MODEL_FILE ?= $(or $(GGUF),models/$(notdir $(or $(FILE),ggml-model-i2_s.gguf)))
+
+.PHONY: download
+download: setup-hub ## download the model to ./models (1.19 GB; no AWS account needed)
+	@$(BIN)/python build/model/download.py $(from_hub)
+
+.PHONY: verify-model
+verify-model: cli ## is MODEL_FILE (default: what `make download` gives) what it should be? Size, tensors, perplexity, answers, speed
+	@$(BIN)/python build/model/verify.py $(MODEL_FILE) $(if $(EXPECTATIONS),--expectations $(EXPECTATIONS))
+
+.PHONY: model
+model: setup-hub cli ## download, verify and pack the model and upload it to BUCKET (default: that of infra/model-bucket.yaml)
+	@bucket=$(or $(BUCKET),$$($(DEPLOY) bucket)); \
+	  $(BIN)/python build/model/publish.py --bucket "$$bucket" $(if $(KEY),--key '$(KEY)') \
+	    $(if $(OUTPUT_BITS),--output-bits $(OUTPUT_BITS)) $(if $(GGUF),--gguf '$(GGUF)',$(from_hub))
+
+# Stacks, registry, image and function, in the account and region that boto3 finds.
+STACKS ?= bitnet
+PARAMETERS ?=
+DEPLOY = $(BIN)/python infra/deploy.py --prefix $(STACKS)
+
+.PHONY: deploy
+deploy: image ## bucket, model, registry, image and function (PARAMETERS="MemorySize=5120 …"); does what differs, prints a line for curl
+	@model=$$($(MAKE) model | tail -n 1); \
+	  $(DEPLOY) function --model "$$model" --image $(IMAGE) $(PARAMETERS)
+
+.PHONY: destroy
+destroy: setup-run ## delete the function's stack, after asking; ALL=1: those of registry and bucket too, which stay themselves
+	@$(DEPLOY) destroy $(if $(ALL),--all) $(if $(YES),--yes)
+
+.PHONY: smoke
+smoke: setup-run ## is the API at URL right? One line an example; API_KEY in the environment, or AWS credentials, as the URL wants
+	@$(BIN)/python -m function.smoke $(or $(URL),http://127.0.0.1:$(PORT)) $(SMOKE_ARGS)
+
 .PHONY: check-infra
 check-infra: setup-test setup-infra cli ## the templates: expanded, linted, scanned, tested, and made into stacks in moto
 	@AWS_DEFAULT_REGION=us-east-1 $(INFRA_VENV)/bin/python tests/infra/expand.py template.yaml $(OUT)/template.json
@@ -118,7 +154,7 @@ lock: setup-test ## resolve requirements/*.in again into hash-locked requirement
 	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
 	  compile dev; \
-	  for group in function model torch; do compile $$group --constraint requirements/dev.txt; done; \
+	  for group in function hub model torch; do compile $$group --constraint requirements/dev.txt; done; \
 	  compile infra; \
 	  compile test-files --no-deps
 
@@ -134,9 +170,11 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-test setup-torch setup-infra
+.PHONY: setup-run setup-hub setup-test setup-torch setup-infra
 setup-run:
 	@build/setup/setup.sh run
+setup-hub:
+	@build/setup/setup.sh hub
 setup-test:
 	@build/setup/setup.sh test
 setup-infra: setup-run

@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Makes a Debian or Ubuntu machine ready for one make target, and does nothing where all is there already.
 #   build/setup/setup.sh run    what `make run` needs: compiler, CMake, the engine's libraries, .venv with requirements/function.txt
+#   build/setup/setup.sh hub    the same for `make download` and `make model`: requirements/hub.txt
 #   build/setup/setup.sh test   the same for `make test` and `make check`: requirements/dev.txt and the files of fetch.py
 # Where it may not install (neither root nor sudo) it prints the line to paste and exits with 1.
 set -euo pipefail
@@ -12,8 +13,9 @@ fail() { say "$*"; exit 1; }
 packages=(g++ make cmake pkgconf libpcre2-dev zlib1g-dev nlohmann-json3-dev libcli11-dev)
 case "${1:-}" in
   run) lock=requirements/function.txt ;;
+  hub) lock=requirements/hub.txt ;;
   test) lock=requirements/dev.txt packages+=(curl doctest-dev qemu-user) ;;
-  *) fail "usage: build/setup/setup.sh run|test" ;;
+  *) fail "usage: build/setup/setup.sh run|hub|test" ;;
 esac
 [ "$(uname -sm)" = "Linux x86_64" ] || fail "the engine is built for Linux on x86-64, this is $(uname -sm)"
 
