@@ -16,6 +16,8 @@ CHECKPOINT ?= $(OUT)/demo-checkpoint
 TORCH := torch==2.13.0
 TORCH_VENV := $(OUT)/venv-torch
 INFRA_VENV := $(OUT)/venv-infra
+SBOM_VENV := $(OUT)/venv-sbom
+SAM_VENV := $(OUT)/venv-sam
 INFRA_TEMPLATES := $(OUT)/template.json $(wildcard infra/*.yaml)
 
 .PHONY: help
@@ -90,11 +92,20 @@ logs: ## what the image that serves has logged
 stats: ## what the image that serves takes of processor and memory
 	@$(CONTAINER_RUN) stats --no-stream $(NAME)
 
+.PHONY: pin
+pin: ## write the digests of the bases into build/Dockerfile (pulls them)
+	@build/image/pin.sh
+
+.PHONY: sbom
+sbom: setup-sbom ## what IMAGE consists of: build/out/sbom.cdx.json (CycloneDX)
+	@$(CONTAINER_RUN) image inspect $(IMAGE) >/dev/null 2>&1 || $(MAKE) image
+	@$(SBOM_VENV)/bin/python build/image/sbom.py $(IMAGE) $(OUT)/sbom.cdx.json
+
 .PHONY: test-image
-test-image: setup-test ## build the image and try it in containers (docker or podman; minutes, the first time more)
+test-image: setup-test setup-sbom ## build the image and try it in containers (docker or podman; minutes, the first time more)
 	@args=$$(tests/image/bases.sh); base=$${args##*=}; \
 	  $(MAKE) image IMAGE=bitnet-lambda-test BUILD_ARGS="$$args"; \
-	  IMAGE=bitnet-lambda-test BASE="$${base:-$$(sed -n 's/^ARG PYTHON_IMAGE=//p' build/Dockerfile)}" \
+	  SBOM_PYTHON=$(SBOM_VENV)/bin/python IMAGE=bitnet-lambda-test BASE="$${base:-$$(sed -n 's/^ARG PYTHON_IMAGE=//p' build/Dockerfile)}" \
 	    $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
 
 # The model, from the Hugging Face hub (REPOSITORY, FILE, REVISION, SHA256) or a file of your own (GGUF), to ./models and S3.
@@ -155,7 +166,7 @@ lock: setup-test ## resolve requirements/*.in again into hash-locked requirement
 	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
 	  compile dev; \
 	  for group in function hub model torch; do compile $$group --constraint requirements/dev.txt; done; \
-	  compile infra; \
+	  for group in infra sam sbom; do compile $$group; done; \
 	  compile test-files --no-deps
 
 .PHONY: demo-model
@@ -170,18 +181,19 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-hub setup-test setup-torch setup-infra
+.PHONY: setup-run setup-hub setup-test setup-torch setup-infra setup-sbom setup-sam
 setup-run:
 	@build/setup/setup.sh run
 setup-hub:
 	@build/setup/setup.sh hub
 setup-test:
 	@build/setup/setup.sh test
-setup-infra: setup-run
-	@[ -x $(INFRA_VENV)/bin/pip ] || $(BIN)/python -m venv $(INFRA_VENV)
-	@cmp -s requirements/infra.txt $(INFRA_VENV)/infra.txt || { \
-	    $(INFRA_VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/infra.txt; \
-	    cp requirements/infra.txt $(INFRA_VENV)/; }
+# Tools with dependencies that would disagree with the function's, each in a virtual environment of its own.
+setup-infra setup-sbom setup-sam: setup-%: setup-test
+	@[ -x $(OUT)/venv-$*/bin/python ] || $(BIN)/python -m venv --without-pip $(OUT)/venv-$*
+	@cmp -s requirements/$*.txt $(OUT)/venv-$*/$*.txt || { \
+	    $(BIN)/uv pip install --quiet --python $(OUT)/venv-$* --require-hashes --only-binary :all: -r requirements/$*.txt; \
+	    cp requirements/$*.txt $(OUT)/venv-$*/; }
 setup-torch: setup-run
 	@[ -x $(TORCH_VENV)/bin/pip ] || $(BIN)/python -m venv $(TORCH_VENV)
 	@$(TORCH_VENV)/bin/pip install --quiet --require-hashes --no-deps -r requirements/torch.txt

@@ -33,7 +33,9 @@ class WrongError(Exception):
 class Api:
     """The API at `url`."""
 
-    def __init__(self, url: str, key: str | None = None, *, sign: bool | None = None, region: str | None = None):
+    def __init__(
+        self, url: str, key: str | None = None, *, sign: bool | None = None, region: str | None = None
+    ) -> None:
         """`sign`: None stands for Lambda's own URLs without a key; `region`: None for that of the URL."""
         self._url = url.rstrip("/")
         self._key = key
