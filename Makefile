@@ -102,19 +102,25 @@ sbom: setup-sbom ## what IMAGE consists of: build/out/sbom.cdx.json (CycloneDX)
 	@$(SBOM_VENV)/bin/python build/image/sbom.py $(IMAGE) $(OUT)/sbom.cdx.json
 
 .PHONY: test-image
-test-image: setup-test setup-sbom ## build the image and try it in containers (docker or podman; minutes, the first time more)
+test-image: setup-image setup-sbom ## build the image and try it in containers (docker or podman; minutes, the first time more)
 	@args=$$(tests/image/bases.sh); base=$${args##*=}; \
 	  $(MAKE) image IMAGE=bitnet-lambda-test BUILD_ARGS="$$args"; \
 	  SBOM_PYTHON=$(SBOM_VENV)/bin/python IMAGE=bitnet-lambda-test BASE="$${base:-$$(sed -n 's/^ARG PYTHON_IMAGE=//p' build/Dockerfile)}" \
 	    $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
 
-# The model, from the Hugging Face hub (REPOSITORY, FILE, REVISION, SHA256) or a file of your own (GGUF), to ./models and S3.
-from_hub = $(foreach option,REPOSITORY FILE REVISION SHA256,$(if $($(option)),--$(shell tr A-Z a-z <<<$(option)) '$($(option))'))
-MODEL_FILE ?= $(or $(GGUF),models/$(notdir $(or $(FILE),ggml-model-i2_s.gguf)))
+.PHONY: test-sam
+test-sam: setup-image setup-sam ## `sam build` and `sam local invoke` with events/*.json (docker or podman)
+	@args=$$(tests/image/bases.sh); \
+	  SAM=$(SAM_VENV)/bin/sam STANDIN=$${args##*=} $(BIN)/python -m pytest tests/image/test_sam.py $(PYTEST_ARGS)
+
+# The model, from the Hugging Face hub (REPOSITORY, HUB_FILE, REVISION, SHA256) or a file of your own (GGUF), to ./models and S3.
+FROM_HUB = $(if $(REPOSITORY),--repository '$(REPOSITORY)') $(if $(HUB_FILE),--file '$(HUB_FILE)') \
+    $(if $(REVISION),--revision '$(REVISION)') $(if $(SHA256),--sha256 '$(SHA256)')
+MODEL_FILE ?= $(or $(GGUF),models/$(notdir $(or $(HUB_FILE),ggml-model-i2_s.gguf)))
 
 .PHONY: download
 download: setup-hub ## download the model to ./models (1.19 GB; no AWS account needed)
-	@$(BIN)/python build/model/download.py $(from_hub)
+	@$(BIN)/python build/model/download.py $(FROM_HUB)
 
 .PHONY: verify-model
 verify-model: cli ## is MODEL_FILE (default: what `make download` gives) what it should be? Size, tensors, perplexity, answers, speed
@@ -124,7 +130,7 @@ verify-model: cli ## is MODEL_FILE (default: what `make download` gives) what it
 model: setup-hub cli ## download, verify and pack the model and upload it to BUCKET (default: that of infra/model-bucket.yaml)
 	@bucket=$(or $(BUCKET),$$($(DEPLOY) bucket)); \
 	  $(BIN)/python build/model/publish.py --bucket "$$bucket" $(if $(KEY),--key '$(KEY)') \
-	    $(if $(OUTPUT_BITS),--output-bits $(OUTPUT_BITS)) $(if $(GGUF),--gguf '$(GGUF)',$(from_hub))
+	    $(if $(OUTPUT_BITS),--output-bits $(OUTPUT_BITS)) $(if $(GGUF),--gguf '$(GGUF)',$(FROM_HUB))
 
 # Stacks, registry, image and function, in the account and region that boto3 finds.
 STACKS ?= bitnet
@@ -181,13 +187,15 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-hub setup-test setup-torch setup-infra setup-sbom setup-sam
+.PHONY: setup-run setup-hub setup-test setup-image setup-torch setup-infra setup-sbom setup-sam
 setup-run:
 	@build/setup/setup.sh run
 setup-hub:
 	@build/setup/setup.sh hub
 setup-test:
 	@build/setup/setup.sh test
+setup-image:
+	@build/setup/setup.sh image
 # Tools with dependencies that would disagree with the function's, each in a virtual environment of its own.
 setup-infra setup-sbom setup-sam: setup-%: setup-test
 	@[ -x $(OUT)/venv-$*/bin/python ] || $(BIN)/python -m venv --without-pip $(OUT)/venv-$*

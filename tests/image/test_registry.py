@@ -120,7 +120,7 @@ def test_the_bases_are_pinned_and_pinned_anew(registry: Registry, image: str, tm
         assert dockerfile.read_text() == f"ARG BUILDER_IMAGE={pinned}\nARG PYTHON_IMAGE={pinned}\n{rest}"
         output("rmi", "--force", base)
         output("build", "--quiet", "--tag", f"{image}-built", str(dockerfile.parent))
-    output("rmi", "--force", f"{image}-built")
+    output("rmi", "--force", f"{image}-built", pinned)
 
 
 def test_a_base_that_cannot_be_pulled_changes_nothing(registry: Registry, tmp_path: Path) -> None:
@@ -214,5 +214,6 @@ def test_from_the_image_to_the_line_for_curl(
     assert 'curl --aws-sigv4 "aws:amz:eu-west-1:lambda"' in outputs
     assert "https://abcdef.lambda-url.eu-west-1.on.aws/completion --data" in outputs
     assert "Bearer $API_KEY" in deploy("AuthType=NONE")
+    output("rmi", f"{ECR}/bitnet-lambda:{tag}")
     logins = json.loads((tmp_path / "auth.json").read_text())["auths"]
     assert list(logins) == [ECR]
