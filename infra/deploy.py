@@ -225,7 +225,7 @@ def destroy(stacks: Stacks, *, everything: bool, sure: bool) -> None:
     Raises:
         DeployError: the answer was no, or a stack cannot be deleted.
     """
-    parts = ["batch", "function", *(["registry", "models"] if everything else [])]
+    parts = ["function", "batch", *(["registry", "models"] if everything else [])]
     found = [part for part in parts if stacks.find(part)]
     if not found:
         _say(f"there is nothing to delete: no {', '.join(stacks.name(part) for part in parts)}")

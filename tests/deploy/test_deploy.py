@@ -130,7 +130,7 @@ def test_destroy_asks(aws: dict[str, str], template: Path) -> None:
     for answer in ("", "yes\n", "bitnet\n"):
         done = deploy(aws, "--prefix", "test", "destroy", stdin=answer)
         assert done.returncode == 1
-        assert "to be deleted: test-batch, test-function" in done.stderr
+        assert "to be deleted: test-function, test-batch" in done.stderr
         assert "nothing was deleted" in done.stderr
     assert all(stacks.find(part) for part in ("models", "function", "batch"))
     assert deploy(aws, "--prefix", "test", "destroy", stdin="test\n").returncode == 0
