@@ -28,6 +28,10 @@ help: ## this list
 run: cli ## serve the demo model (or MODEL_PATH) at http://localhost:8080 (or PORT)
 	@exec $(BIN)/python -m function.local
 
+.PHONY: chat
+chat: setup-chat ## talk to the local server, or to URL, in the terminal
+	@exec $(BIN)/python -m function.chat $(URL)
+
 .PHONY: cli
 cli: setup-run ## build the engine: build/out/bitnet
 	@cmake -S build/cli -B $(CMAKE_DIR) -DBUILD_TESTING=OFF >/dev/null
@@ -183,7 +187,7 @@ lock: setup-test ## resolve requirements/*.in again into hash-locked requirement
 	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
 	  compile dev; \
-	  for group in function hub model torch; do compile $$group --constraint requirements/dev.txt; done; \
+	  for group in chat function hub model torch; do compile $$group --constraint requirements/dev.txt; done; \
 	  for group in infra sam sbom; do compile $$group; done; \
 	  compile test-files --no-deps
 
@@ -199,13 +203,15 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-hub setup-test setup-image setup-torch setup-infra setup-sbom setup-sam
+.PHONY: setup-run setup-hub setup-test setup-image setup-chat setup-torch setup-infra setup-sbom setup-sam
 setup-run:
 	@build/setup/setup.sh run
 setup-hub:
 	@build/setup/setup.sh hub
 setup-test:
 	@build/setup/setup.sh test
+setup-chat:
+	@build/setup/setup.sh chat
 setup-image:
 	@build/setup/setup.sh image
 # Tools with dependencies that would disagree with the function's, each in a virtual environment of its own.
