@@ -224,6 +224,17 @@ def test_special_and_chat_make_the_prompt(worker: Worker) -> None:
     assert worker.complete("User: Hi<|eot_id|>Assistant: ", n_predict=0)["tokens_evaluated"] > chat["tokens_evaluated"]
 
 
+def test_the_vocabulary_is_every_token_as_it_is_written(worker: Worker) -> None:
+    (done,) = worker.ask(op="vocabulary")
+    tokens = [bytes.fromhex(token) for token in done["tokens"]]
+    assert len(tokens) == worker.ready["model"]["n_vocab"]
+    assert {"bos", "eot"} <= worker.ready.keys()
+    assert {worker.ready["bos"], *worker.ready["eos"]} <= set(done["control"])
+    assert tokens[worker.ready["eot"]] == b"<|eot_id|>"
+    text = "Grüße, 🐉 and a king"
+    assert b"".join(tokens[token] for token in worker.tokenize(text)) == text.encode()
+
+
 def test_tokenize_and_detokenize(worker: Worker) -> None:
     for text in ("", "Once\n\tupon 1234567", "Ännchen 🐸 “\u2028”", "a\0b", "<|eot_id|>"):
         assert worker.detokenize(worker.tokenize(text)) == text
@@ -462,7 +473,7 @@ WRONG_FIELDS: list[tuple[Event, str, str]] = [
     ({"id": ""}, "id", "id: must have 1 to 128 bytes, got 0"),
     ({"id": "ä" * 65}, "id", "id: must have 1 to 128 bytes, got 130"),
     ({"op": None}, "op", "op: must be a string, got null"),
-    ({"op": "complete"}, "op", "op: must be completion, tokenize, detokenize or cancel"),
+    ({"op": "complete"}, "op", "op: must be completion, tokenize, detokenize, vocabulary or cancel"),
     ({"prompt": None}, "prompt", "prompt: must be a string or an array of token ids and strings, got null"),
     ({"prompt": {}}, "prompt", "got a value of type object"),
     ({"prompt": [4096]}, "prompt", "prompt: token ids are integers from 0 to 4095, got 4096"),

@@ -198,8 +198,10 @@ Request parse_request(const std::string& line, const Tokenizer& tokenizer, Clock
     request.body = TokenizeRequest{content, add_bos, fields.boolean("special", false)};
   } else if (op == "detokenize") {
     request.body = DetokenizeRequest{fields.tokens("tokens", tokenizer.vocab_size())};
+  } else if (op == "vocabulary") {
+    request.body = VocabularyRequest{};
   } else if (op != "cancel") {
-    refuse("op", "must be completion, tokenize, detokenize or cancel");
+    refuse("op", "must be completion, tokenize, detokenize, vocabulary or cancel");
   }
   fields.refuse_unknown();
   return request;

@@ -46,11 +46,12 @@ struct TokenizeRequest {
 struct DetokenizeRequest {
   std::vector<TokenId> tokens;
 };
+struct VocabularyRequest {};
 struct CancelRequest {};
 
 struct Request {
   std::string id;
-  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, CancelRequest> body;
+  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, VocabularyRequest, CancelRequest> body;
 };
 
 // `received` is when the line was read: timeouts count from there. Throws RequestError; `id` is set as soon as it is

@@ -264,6 +264,24 @@ class Worker {
     return {{"event", "done"}, {"id", id}, {"content", to_valid_utf8(engine_.tokenizer.decode(request.tokens, true))}};
   }
 
+  // Hexadecimal digits, because the bytes of one token need not be UTF-8.
+  Json answer(const std::string& id, const VocabularyRequest&, const std::atomic<bool>&) {
+    constexpr std::string_view kDigits = "0123456789abcdef";
+    const Tokenizer& tokenizer = engine_.tokenizer;
+    Json tokens = Json::array();
+    Json control = Json::array();
+    for (TokenId token = 0; token < static_cast<TokenId>(tokenizer.vocab_size()); ++token) {
+      std::string digits;
+      for (const char byte : tokenizer.decode(token, true)) {
+        digits += kDigits[static_cast<uint8_t>(byte) >> 4];
+        digits += kDigits[static_cast<uint8_t>(byte) & 15];
+      }
+      tokens.push_back(std::move(digits));
+      if (tokenizer.is_control(token)) control.push_back(token);
+    }
+    return {{"event", "done"}, {"id", id}, {"tokens", std::move(tokens)}, {"control", std::move(control)}};
+  }
+
   Json answer(const std::string&, const CancelRequest&, const std::atomic<bool>&) { return {}; }
 
   Json ready(double load_ms) const {
@@ -289,6 +307,7 @@ class Worker {
             {"bos", bos ? Json(*bos) : Json()},
             {"eot", eot ? Json(*eot) : Json()},
             {"eos", engine_.tokenizer.end_of_generation()},
+            {"add_bos", engine_.tokenizer.add_bos()},
             {"version", kVersion}};
   }
 
