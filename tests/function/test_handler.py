@@ -23,7 +23,8 @@ from hypothesis import strategies as st
 from function.api import Call
 from function.engine import Cancellation
 from function.handler import application, lambda_handler
-from function.schema import KNOWN_FIELDS
+from function.schema import NEUTRAL, completion_kinds
+from function.settings import Settings
 from tests.events import url_event
 from tests.processes import alive, engines, eventually, processor_ticks
 
@@ -274,7 +275,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=4,
 )
-NAMES = st.sampled_from(sorted(KNOWN_FIELDS))
+NAMES = st.sampled_from(sorted(completion_kinds(Settings()).keys() | NEUTRAL.keys()))
 REQUESTS = st.dictionaries(NAMES | st.text(max_size=3), JSON, max_size=4)
 PROMPTED = st.tuples(REQUESTS, st.text(max_size=30) | st.lists(st.integers(0, 4095), max_size=9)).map(
     lambda pair: pair[0] | {"prompt": pair[1]}

@@ -23,6 +23,7 @@ MODEL = "bitnet-fairy-tales"
 USER: ChatCompletionMessageParam = {"role": "user", "content": "Tell me of a king."}
 SYSTEM: ChatCompletionMessageParam = {"role": "system", "content": "You are a story teller."}
 BOS, EOT = 4093, 4095
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.fixture(scope="module")
@@ -140,13 +141,22 @@ def test_models(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"n": 2}, "n", "unsupported_field"),
-        ({"logprobs": True}, "logprobs", "unsupported_field"),
-        ({"top_logprobs": 3}, "top_logprobs", "unsupported_field"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_field"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_field"),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_field"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_field"),
+        ({"n": 17}, "n", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"logit_bias": {"5000": 1}}, "logit_bias", "invalid_value"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "unsupported_field"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools", "missing_field"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "always"}, "tool_choice", "invalid_value"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_field"),
+        ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "missing_field"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_field"),
         ({"modalities": ["audio"]}, "modalities", "unsupported_field"),
         ({"temperature": "hot"}, "temperature", "invalid_type"),
@@ -160,8 +170,13 @@ def test_models(client: openai.OpenAI) -> None:
         ({"messages": "hello"}, "messages", "invalid_type"),
         ({"messages": ["hello"]}, "messages", "invalid_type"),
         ({"messages": [{"role": "user"}]}, "messages", "missing_field"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages", "unsupported_field"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "missing_field"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]}, "messages", "invalid_type"),
+        ({"messages": [{"role": "user", "content": "x", "name": "A\nB"}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages", "invalid_type"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": "é" * 1025}] * 2}, "messages", "too_long"),
