@@ -136,5 +136,5 @@ def _refusal(structure: Structure, reason: str) -> ApiError:
 
 
 def _short(text: str) -> str:
-    line = text.partition("\n")[0]
+    line = " ".join(text.split())
     return line if len(line) <= MAX_ERROR_CHARACTERS else f"{line[:MAX_ERROR_CHARACTERS]}…"
