@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
 from aws_lambda_powertools.event_handler import CORSConfig, LambdaFunctionUrlResolver, Response
 
 from function import chat_template, openai, schema, tools
+from function.auth import ApiKey
 from function.engine import Cancellation, Engine, EngineError, Event, RefusedError
 from function.metrics import CONTENT_TYPE as METRICS
 from function.metrics import Metrics
@@ -73,12 +74,13 @@ Operation = Callable[[Mapping[str, Any], Call], Json | str | Generator[str]]  # 
 class Api:
     """Answers HTTP requests and direct invocations with the same operations."""
 
-    def __init__(self, settings: Settings, engine: Engine) -> None:
+    def __init__(self, settings: Settings, engine: Engine, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self._engine = engine
         self._grammars = Grammars(engine)
         self._prompt_cache = PromptCache(settings)
-        self._metrics = Metrics()
+        self._metrics = metrics or Metrics()
+        self._api_key = ApiKey(settings)
         self._created = int(time.time())
         self._routes: dict[tuple[str, str], Operation] = {
             ("POST", "/completion"): self._completion,
@@ -100,8 +102,11 @@ class Api:
             self._resolver.route(path, method=method)(_chosen(operation, path))
         self._resolver.not_found(_chosen(self._not_found, None))
 
-    def http(self, event: dict[str, Any], call: Call) -> HttpReply:
-        """Answers a Function URL event (payload 2.0). Every failure is an answer too."""
+    def http(self, event: dict[str, Any], call: Call, *, trusted: bool = False) -> HttpReply:
+        """Answers a Function URL event (payload 2.0). Every failure is an answer too.
+
+        `trusted`: the event did not come over HTTP, so whoever sent it had a permission instead of an API key.
+        """
         headers: dict[str, str] = {}
         try:
             _check_event(event)
@@ -110,6 +115,8 @@ class Api:
             headers = reply["headers"]
             if isinstance(reply["body"], str):  # a browser asks whether a page may
                 return self._reply(reply["statusCode"], reply["body"], call, None, headers)
+            if not trusted:
+                self._api_key.check(event)
             body = reply["body"](event, call)
         except Exception as error:
             failure = _api_error(error, call)
@@ -247,7 +254,7 @@ class Api:
 
     def _whole(self, request: CompletionRequest, answer: Answer, call: Call) -> Json:
         done = sorted(self._events(request, call), key=lambda event: event["index"])
-        call.record |= _statistics(done, request.n)
+        call.record |= _statistics(done, request.n, call)
         return answer.whole(done, self._engine.model_name)
 
     def _events(self, request: CompletionRequest, call: Call) -> Generator[Event]:
@@ -308,7 +315,7 @@ class Api:
                     for body in (answer.piece if event["event"] == "token" else answer.last)(event, model):
                         yield _sse(body)
             done.sort(key=lambda event: event["index"])
-            call.record |= _statistics(done, n)
+            call.record |= _statistics(done, n, call)
             for body in answer.closing(done, model):
                 yield _sse(body)
             if answer.end:
@@ -342,7 +349,7 @@ class Api:
         """Counts the request and logs its one line. Nothing that the user wrote is in it, nor what was answered."""
         if call.afterwards:
             call.afterwards()
-        self._metrics.count(status, call.record)
+        self._metrics.count(status, call.record, call.request_id)
         duration_ms = round((time.monotonic() - call.began) * 1e3, 1)
         logger.info(
             "request", extra={"request_id": call.request_id, "status": status, "duration_ms": duration_ms} | call.record
@@ -427,11 +434,22 @@ def _translate(error: Exception, call: Call) -> ApiError:
     return ApiError(500, "internal_error", "something went wrong here; the log has the details")
 
 
-def _statistics(done: Sequence[Event], n: int) -> dict[str, Any]:
-    """What is logged and counted of a request, whose prompts had `n` completions each."""
+def _statistics(done: Sequence[Event], n: int, call: Call) -> dict[str, Any]:
+    """Of completions that have just ended, `n` of each prompt: they waited, then were computed side by side.
+
+    Times of several are sums, but for those until the first token.
+    """
     prompts = done[::n]
-    times = {name: round(sum(event["timings"][name] for event in done), 1) for name in ("prompt_ms", "predicted_ms")}
-    return times | {
+    prompt_ms = [event["timings"]["prompt_ms"] for event in prompts]
+    predicted_ms = [event["timings"]["predicted_ms"] for event in done]
+    first_token_ms = max(min(prompt_ms), (time.monotonic() - call.began) * 1e3 - max(predicted_ms))
+    times = {
+        "queue_ms": first_token_ms - min(prompt_ms),
+        "prompt_ms": sum(prompt_ms),
+        "first_token_ms": first_token_ms,
+        "predicted_ms": sum(predicted_ms),
+    }
+    return {name: round(value, 1) for name, value in times.items()} | {
         "stop_type": done[0]["stop_type"],
         "tokens_predicted": sum(event["tokens_predicted"] for event in done),
         "tokens_evaluated": sum(event["tokens_evaluated"] for event in prompts),

@@ -17,6 +17,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from function.metrics import Metrics
+
 if TYPE_CHECKING:
     from function.model_store import ModelStore
     from function.settings import Settings
@@ -121,9 +123,10 @@ class Cancellation:
 class Engine:
     """One worker process, started on the first need, kept, and replaced if it dies. Any thread may use it."""
 
-    def __init__(self, settings: Settings, store: ModelStore) -> None:
+    def __init__(self, settings: Settings, store: ModelStore, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self._store = store
+        self._metrics = metrics or Metrics()
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._loaded: Future[_Worker] | None = None
@@ -230,13 +233,19 @@ class Engine:
         try:
             began = time.monotonic()
             path = self._store.fetch(self._stop)
+            fetched = time.monotonic()
+            again = self._worker is not None
             self._worker = worker = _Worker(self._command(path))
             if self._stop.is_set():
                 worker.stop()
             ready = worker.ready.result()
-            load_ms = round((time.monotonic() - began) * 1e3)
+            load_ms, total_ms = (round((time.monotonic() - start) * 1e3) for start in (fetched, began))
+            self._metrics.loaded(load_ms, total_ms, again=again)
             details = {name: ready[name] for name in ("n_ctx", "threads", "isa", "version")}
-            logger.info("model ready", extra=details | {"load_ms": load_ms, "model_name": ready["model"]["name"]})
+            logger.info(
+                "model ready",
+                extra=details | {"load_ms": load_ms, "total_ms": total_ms, "model_name": ready["model"]["name"]},
+            )
         except BaseException as error:
             with suppress(InvalidStateError):
                 loaded.set_exception(error)

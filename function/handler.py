@@ -12,7 +12,9 @@ from typing import Any, Protocol
 from aws_lambda_powertools import Logger
 
 from function.api import Api, Call, HttpReply
+from function.batch import Batches, is_map_batch, is_queue_batch
 from function.engine import Engine
+from function.metrics import Metrics
 from function.model_store import ModelStore
 from function.settings import Settings
 
@@ -33,6 +35,7 @@ class Application:
     settings: Settings
     engine: Engine
     api: Api
+    batches: Batches
 
 
 @functools.cache
@@ -45,8 +48,10 @@ def application() -> Application:
     settings = Settings.from_environment()
     Logger(service="bitnet", level=settings.log_level, utc=True)  # the parent of all loggers here
     logging.getLogger("bitnet").propagate = False  # awslambdaric's own handler would say everything again
-    engine = Engine(settings, ModelStore(settings))
-    return Application(settings, engine, Api(settings, engine))
+    metrics = Metrics.from_environment()
+    engine = Engine(settings, ModelStore(settings, metrics), metrics)
+    api = Api(settings, engine, metrics)
+    return Application(settings, engine, api, Batches(settings, api))
 
 
 @dataclass(frozen=True)
@@ -58,7 +63,7 @@ class Stream:
 
 
 def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | list[dict[str, Any]] | Stream:
-    """What Lambda calls, with an HTTP request or a direct invocation.
+    """What Lambda calls, with an HTTP request, a batch, or a direct invocation.
 
     Where the Function URL has INVOKE_MODE=RESPONSE_STREAM, every answer to it is a `Stream`, which `function.runtime`
     understands. Everywhere else a stream is answered in one piece.
@@ -66,6 +71,10 @@ def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | li
     deadline = time.monotonic() + context.get_remaining_time_in_millis() / 1e3
     call = Call(context.aws_request_id, deadline)
     parts = application()
+    if is_map_batch(event):
+        return parts.batches.map_items(event, context.aws_request_id, deadline)
+    if is_queue_batch(event):
+        return parts.batches.queue_records(event, context.aws_request_id, deadline)
     if not is_http(event):
         return parts.api.invoke(event, call)
     reply = parts.api.http(event, call)

@@ -20,6 +20,8 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from function.metrics import Metrics
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -73,8 +75,9 @@ class ModelStore:
     hash, and it gets that name only when every byte has been checked.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
         self._settings = settings
+        self._metrics = metrics or Metrics()
         self._lock = threading.Lock()
         self._path: Path | None = None
 
@@ -156,6 +159,7 @@ class ModelStore:
         finally:
             part.unlink(missing_ok=True)
         copy_ms = round((time.monotonic() - began) * 1e3)
+        self._metrics.copied(copy_ms, source.size)
         verified = sorted(source.checksums) or ["size"]
         logger.info("model copied", extra={"bytes": source.size, "copy_ms": copy_ms, "verified": verified})
 

@@ -6,7 +6,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
 
@@ -57,6 +57,20 @@ def _path(_name: str, text: str) -> Path:
 def _s3_uri(name: str, text: str) -> str:
     if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+", text):
         raise SettingsError(f"'{name}' must be s3://bucket/key, got {schema.describe(text)}")
+    return text
+
+
+def _secret(name: str, text: str) -> str:
+    if not all(" " <= character <= "~" for character in text.replace("\n", " ")) or not text.split():
+        raise SettingsError(f"'{name}' must be printable ASCII")  # says nothing of what it is
+    return text
+
+
+def _key_arn(name: str, text: str) -> str:
+    service = r"(ssm:[a-z0-9-]+:\d{12}:parameter/|secretsmanager:[a-z0-9-]+:\d{12}:secret:)"
+    if not re.fullmatch(rf"arn:aws[a-z-]*:{service}.+", text):
+        message = f"'{name}' must be the ARN of an SSM parameter or a secret of Secrets Manager, got"
+        raise SettingsError(f"{message} {schema.describe(text)}")
     return text
 
 
@@ -119,6 +133,13 @@ class Settings:
     prompt_cache_bytes: Annotated[int, _within(schema.Integer(1, 2**50))] = 512 * MIB
     """How much of it is kept there; the files used least recently go."""
 
+    api_key: Annotated[str | None, _secret] = field(default=None, repr=False)
+    """The key that requests must carry, or several with white space between. Neither this nor `api_key_arn`: none."""
+    api_key_arn: Annotated[str | None, _key_arn] = None
+    """Where the key is kept: the ARN of an SSM parameter (SecureString) or of a secret of Secrets Manager."""
+    batch_results_s3_uri: Annotated[str | None, _s3_uri] = None
+    """`s3://bucket/prefix` under which the results of batches are put."""
+
     invoke_mode: Annotated[str, _choice("BUFFERED", "RESPONSE_STREAM")] = "BUFFERED"
     """That of the Function URL, which the function cannot see. RESPONSE_STREAM: answers leave as they are computed."""
     cors_allow_origins: Annotated[str, _origins] = ""
@@ -138,11 +159,11 @@ class Settings:
             SettingsError: with one line that names the variable, the limit and the value.
         """
         values: dict[str, Any] = {}
-        for field, hint in get_type_hints(cls, include_extras=True).items():
-            name = field.upper()
+        for setting, hint in get_type_hints(cls, include_extras=True).items():
+            name = setting.upper()
             if text := environment.get(name):
                 try:
-                    values[field] = hint.__metadata__[0](name, text)
+                    values[setting] = hint.__metadata__[0](name, text)
                 except schema.ApiError as error:
                     raise SettingsError(error.message) from None
         if not values.get("threads") and (memory_mb := environment.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE")):

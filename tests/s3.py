@@ -132,8 +132,9 @@ class _Proxy(BaseHTTPRequestHandler):
         self.s3.requests.append(request)
         if self.s3.before:
             self.s3.before(request)
+        body = self.rfile.read(int(request.headers.get("content-length", 0)))
         upstream = http.client.HTTPConnection(self.s3.moto_host, self.s3.moto_port)
-        upstream.request(self.command, self.path, headers=dict(self.headers))
+        upstream.request(self.command, self.path, body, headers=dict(self.headers))
         response = upstream.getresponse()
         headers = {name.lower(): value for name, value in response.getheaders()}
         answer = Answer(response.status, headers, response.read())
@@ -153,7 +154,7 @@ class _Proxy(BaseHTTPRequestHandler):
             self.connection.close()
             self.close_connection = True
 
-    do_HEAD = do_GET  # noqa: N815
+    do_HEAD = do_PUT = do_POST = do_DELETE = do_GET  # noqa: N815
 
     def log_message(self, *arguments: object) -> None:
         pass

@@ -179,7 +179,8 @@ def test_what_cannot_work_does_not_begin_to_serve(
 
 
 def test_no_text_reaches_the_log(environment: dict[str, str]) -> None:
-    with Emulator(environment | {"LOG_LEVEL": "DEBUG"}) as function:
+    batches = {"BATCH_RESULTS_S3_URI": "s3://models/results", "AWS_LAMBDA_FUNCTION_NAME": "bitnet"}
+    with Emulator(environment | batches | {"LOG_LEVEL": "DEBUG"}) as function:
         requests: list[Any] = [
             {"prompt": f"{CANARY} {CANARY}", "n_predict": 20, "stop": [CANARY]},
             {"prompt": CANARY, "n_predict": 4, "stream": True},
@@ -207,6 +208,10 @@ def test_no_text_reaches_the_log(environment: dict[str, str]) -> None:
         ):
             function.invoke(url_event(body, path=path))
         function.invoke(url_event("", path=f"/v1/models/{CANARY}", method="GET"))
+        items = [{"index": index, "request": request} for index, request in enumerate(requests)]
+        assert function.invoke({"BatchInput": {"job": "job"}, "Items": items})["succeeded"] == 1
+        function.invoke({"BatchInput": {"job": CANARY * 100}, "Items": items})
+        function.invoke({"Records": [{"eventSource": "aws:sqs", "messageId": "1", "body": f'{{"{CANARY}": 1}}'}]})
         os.kill(function.engine, signal.SIGKILL)
         function.invoke(requests[0])
         assert function.invoke(TALE)["content"] == TEXT

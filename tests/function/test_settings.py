@@ -29,6 +29,7 @@ def test_every_setting_is_read() -> None:
         "THREADS": "5",
         "PARALLEL": "3",
         "KV_TYPE": "f32",
+        "PROMPT_CACHE_S3_URI": "s3://bucket/prompts",
         "N_PREDICT": "11",
         "TEMPERATURE": "0.5",
         "TOP_K": "6",
@@ -40,9 +41,11 @@ def test_every_setting_is_read() -> None:
         "MAX_PROMPT_BYTES": "13",
         "QUEUE_LIMIT": "14",
         "DEADLINE_MARGIN_MS": "1500",
-        "PROMPT_CACHE_S3_URI": "s3://bucket/prompts",
         "PROMPT_CACHE_DIR": "/p",
         "PROMPT_CACHE_BYTES": "15",
+        "API_KEY": "first second",
+        "API_KEY_ARN": "arn:aws:ssm:eu-west-1:123456789012:parameter/bitnet/key",
+        "BATCH_RESULTS_S3_URI": "s3://bucket/results",
         "INVOKE_MODE": "RESPONSE_STREAM",
         "CORS_ALLOW_ORIGINS": "https://a.example,http://localhost:3000",
         "HOST": "::1",
@@ -70,6 +73,13 @@ def test_every_setting_is_read() -> None:
         ("LOG_LEVEL", "info", "'LOG_LEVEL' must be one of DEBUG"),
         ("MODEL_S3_URI", "https://bucket/key", "'MODEL_S3_URI' must be s3://bucket/key"),
         ("MODEL_S3_URI", "s3://bucket/", "'MODEL_S3_URI' must be s3://bucket/key"),
+        (
+            "API_KEY_ARN",
+            "bitnet/key",
+            "'API_KEY_ARN' must be the ARN of an SSM parameter or a secret of Secrets Manager",
+        ),
+        ("API_KEY_ARN", "arn:aws:s3:::bucket/key", "of Secrets Manager, got"),
+        ("API_KEY", " ", "'API_KEY' must be printable ASCII"),
         ("PORT", "65536", "'PORT' must be from 0 to 65535, got 65536"),
     ],
 )
@@ -77,6 +87,13 @@ def test_a_wrong_setting_is_named_with_limit_and_value(name: str, text: str, say
     with pytest.raises(SettingsError, match="must be") as caught:
         Settings.from_environment({name: text})
     assert says in str(caught.value)
+
+
+def test_a_key_is_not_shown() -> None:
+    assert "hush" not in repr(Settings.from_environment({"API_KEY": "hush"}))
+    with pytest.raises(SettingsError) as caught:
+        Settings.from_environment({"API_KEY": "hüsh"})
+    assert "sh" not in str(caught.value).replace("must be printable", "")
 
 
 def test_n_predict_and_its_limit_agree() -> None:

@@ -1,0 +1,104 @@
+"""The API key: where it is kept, and whether a request carries it."""
+
+from __future__ import annotations
+
+import hmac
+import logging
+import threading
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+from function.schema import ApiError
+
+if TYPE_CHECKING:
+    from function.settings import Settings
+
+logger = logging.getLogger("bitnet.auth")
+
+PUBLIC = frozenset(
+    {("GET", "/"), ("GET", "/health"), ("GET", "/openapi.json")}
+)  # these tell nothing and compute nothing
+CONNECT_TIMEOUT_S = 5
+READ_TIMEOUT_S = 10
+RETRY_AFTER_S = 1
+
+
+class ApiKey:
+    """Lets requests with `Authorization: Bearer KEY` pass; all of them where no key is set.
+
+    The key is `API_KEY`, or what lies at `API_KEY_ARN`: read once in the life of a process, at the first request that
+    needs it. Several keys, with white space between, are all valid, so that one can be replaced while it is in use.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        self._lock = threading.Lock()
+        self._keys: tuple[bytes, ...] = ()
+
+    def check(self, event: Mapping[str, Any]) -> None:
+        """Checks an HTTP event (payload 2.0).
+
+        Raises:
+            ApiError: 401, the key is missing or wrong; 500 or 503, the right one cannot be read, so nobody passes.
+        """
+        if self._settings.api_key is None and self._settings.api_key_arn is None:
+            return
+        http = event["requestContext"]["http"]
+        if (http["method"], http["path"]) in PUBLIC:
+            return
+        given = next((value for name, value in event["headers"].items() if name.lower() == "authorization"), "")
+        scheme, _, token = given.partition(" ")
+        if scheme.lower() != "bearer" or not token.strip():
+            raise _unauthorized("an API key is required: send 'Authorization: Bearer KEY'")
+        # All of them, so that the time tells nothing of which one is nearly right.
+        right = [hmac.compare_digest(token.strip().encode(errors="replace"), key) for key in self._valid()]
+        if not any(right):
+            raise _unauthorized("the API key is wrong")
+
+    def _valid(self) -> tuple[bytes, ...]:
+        with self._lock:
+            if not self._keys:
+                text = self._settings.api_key or _read(self._settings.api_key_arn or "")
+                self._keys = tuple(key.encode() for key in text.split())
+            if not self._keys:
+                raise ApiError(500, "api_key_unavailable", "the API key is empty")
+            return self._keys
+
+
+def _unauthorized(message: str) -> ApiError:
+    error = ApiError(401, "invalid_api_key", message)
+    error.headers["www-authenticate"] = "Bearer"
+    return error
+
+
+def _read(arn: str) -> str:
+    """The text of an SSM parameter or of a secret of Secrets Manager. Why it cannot be read is logged, not answered."""
+    import boto3  # slow to import, and needed here only
+    from botocore.config import Config
+    from botocore.exceptions import BotoCoreError, ClientError
+
+    service, region, _, resource = arn.split(":", 6)[2:6]
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S, retries={"mode": "standard", "max_attempts": 4}
+    )
+    try:
+        session: Any = boto3.Session()
+        client = session.client(service, region_name=region, config=config)
+        if service == "ssm":
+            path = resource.removeprefix("parameter/")  # that of /a/b is parameter/a/b, and that of a is parameter/a
+            answer = client.get_parameter(Name=f"/{path}" if "/" in path else path, WithDecryption=True)
+            return str(answer["Parameter"]["Value"])
+        return str(client.get_secret_value(SecretId=arn)["SecretString"])
+    except ClientError as error:
+        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        code = error.response.get("Error", {}).get("Code", "")
+        raise _unavailable(arn, code, transient=status >= 500 or "Throttl" in code) from error
+    except BotoCoreError as error:
+        raise _unavailable(arn, str(error), transient=True) from error
+
+
+def _unavailable(arn: str, reason: str, *, transient: bool) -> ApiError:
+    logger.error("the API key cannot be read", extra={"arn": arn, "reason": reason})
+    status, retry_after_s = (503, RETRY_AFTER_S) if transient else (500, None)
+    message = "the API key that requests are compared with cannot be read; the log has the reason"
+    return ApiError(status, "api_key_unavailable", message, retry_after_s=retry_after_s)
