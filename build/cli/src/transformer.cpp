@@ -1,6 +1,7 @@
 #include "transformer.h"
 
 #include <algorithm>
+#include <bit>
 #include <cassert>
 #include <cmath>
 #include <limits>
@@ -17,13 +18,52 @@ constexpr size_t kBlocksPerPiece = 16;  // 256 positions: 64 kB of keys in f16
 constexpr size_t kDimsPerPiece = 64;    // two cache lines of each position's value in f16
 constexpr size_t kScreenRowsPerPiece = 256;
 constexpr size_t kCandidatesPerPiece = 16;
+constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for by screening
 // How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
 // vector stay within 8 but for one row in 10¹⁵; docs/performance.md says what it was tried on.
 constexpr float kScreenDeviations = 8.0f;
 
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
+size_t round_up(size_t a, size_t unit) { return ceil_div(a, unit) * unit; }
+
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
-size_t screen_blocks(const Config& c) { return (c.dim / kScaleBlock + kLanes - 1) / kLanes * kLanes; }
+size_t screen_blocks(const Config& c) { return round_up(c.dim / kScaleBlock, kLanes); }
+
+bool is_allowed(std::span<const uint64_t> allowed, size_t token) {
+  return allowed.empty() || (allowed[token / 64] >> token % 64 & 1) != 0;
+}
+
+// The k best of the candidates that are offered.
+class Best {
+ public:
+  explicit Best(size_t k) : k_(k) { heap_.reserve(k); }
+
+  // What a logit must at least be to be taken.
+  const float& least() const { return least_; }
+
+  void offer(Candidate candidate) {
+    // A model with wrong weights may give NaN, which nothing could be ordered by.
+    if (std::isnan(candidate.logit)) candidate.logit = -kInfinity;
+    if (heap_.size() == k_) {
+      if (!better(candidate, heap_.front())) return;
+      std::pop_heap(heap_.begin(), heap_.end(), better);
+      heap_.pop_back();
+    }
+    heap_.push_back(candidate);
+    std::push_heap(heap_.begin(), heap_.end(), better);
+    if (heap_.size() == k_) least_ = heap_.front().logit;
+  }
+
+  std::vector<Candidate> take() { return std::move(heap_); }
+
+ private:
+  size_t k_;
+  std::vector<Candidate> heap_;  // the worst of them on top
+  float least_ = -kInfinity;
+};
 
 // How many of n tokens go by look-up: whole tiles, and a rest that is large enough.
 size_t lookup_tokens(const Kernels& kernels, size_t n) {
@@ -33,10 +73,10 @@ size_t lookup_tokens(const Kernels& kernels, size_t n) {
 }
 
 size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
-  return kernels.lut_lanes == 0 ? 0 : (max_batch + kernels.lut_lanes - 1) / kernels.lut_lanes * kernels.lut_lanes;
+  return kernels.lut_lanes == 0 ? 0 : round_up(max_batch, kernels.lut_lanes);
 }
 
-size_t blocks_of(size_t n_positions) { return (n_positions + kPositionsPerBlock - 1) / kPositionsPerBlock; }
+size_t blocks_of(size_t n_positions) { return ceil_div(n_positions, kPositionsPerBlock); }
 
 // Heads whose scores are kept at a time: those of a kv head for each thread, or of a whole token.
 size_t score_heads(const Config& c, size_t n_threads) { return std::max(n_threads * c.group(), c.n_heads); }
@@ -44,21 +84,9 @@ size_t score_heads(const Config& c, size_t n_threads) { return std::max(n_thread
 }  // namespace
 
 std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
-  std::vector<Candidate> heap;  // of the k best so far, the worst of them on top
-  for (size_t i = 0; i < logits.size(); i++) {
-    // A model with wrong weights may give NaN, which nothing could be ordered by.
-    const float logit = std::isnan(logits[i]) ? -std::numeric_limits<float>::infinity() : logits[i];
-    const Candidate candidate{logit, static_cast<int32_t>(i)};
-    if (heap.size() < k) {
-      heap.push_back(candidate);
-      std::push_heap(heap.begin(), heap.end(), better);
-    } else if (better(candidate, heap.front())) {
-      std::pop_heap(heap.begin(), heap.end(), better);
-      heap.back() = candidate;
-      std::push_heap(heap.begin(), heap.end(), better);
-    }
-  }
-  return heap;
+  Best best(k);
+  for (size_t i = 0; i < logits.size(); i++) best.offer({logits[i], static_cast<int32_t>(i)});
+  return best.take();
 }
 
 Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch,
@@ -163,7 +191,7 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
   });
   const size_t lanes = kernels_.lut_lanes;
   if (n_lookup_ > 0)
-    pool_.for_each((n_lookup_ + lanes - 1) / lanes, [&](size_t tile, size_t) {
+    pool_.for_each(ceil_div(n_lookup_, lanes), [&](size_t tile, size_t) {
       const size_t t = tile * lanes;
       kernels_.transpose_tile(&quantised_[t * dim], dim, std::min(lanes, n_lookup_ - t), &tiles_[t * dim]);
     });
@@ -175,8 +203,7 @@ void Transformer::project(std::initializer_list<Projection> projections) {
   for (const Projection& p : projections) {
     const size_t rows = p.matrix->rows;
     if (n_lookup_ > 0) {
-      const size_t n_chunks = (rows + kLutRows - 1) / kLutRows,
-                   chunk = ((rows + n_chunks - 1) / n_chunks + kLanes - 1) / kLanes * kLanes;
+      const size_t chunk = round_up(ceil_div(rows, ceil_div(rows, kLutRows)), kLanes);
       for (size_t r = 0; r < rows; r += chunk)
         for (size_t t = 0; t < n_lookup_; t += lanes)
           pieces_.push_back({&p, r, std::min(chunk, rows - r), t, std::min(lanes, n_lookup_ - t)});
@@ -250,7 +277,7 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
 void Transformer::attend_long(const BatchToken& token, size_t layer) {
   const size_t group = config_.group(), head_dim = config_.head_dim, n_positions = token.position + 1;
   const size_t n_blocks = blocks_of(n_positions), stride = n_blocks * kPositionsPerBlock;
-  const size_t parts = (n_blocks + kBlocksPerPiece - 1) / kBlocksPerPiece;
+  const size_t parts = ceil_div(n_blocks, kBlocksPerPiece);
   pool_.for_each(config_.n_kv_heads * parts, [&](size_t piece, size_t) {
     const size_t head = piece / parts * group, first = piece % parts * kBlocksPerPiece;
     const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
@@ -259,7 +286,7 @@ void Transformer::attend_long(const BatchToken& token, size_t layer) {
   });
   pool_.for_each(config_.n_heads,
                  [&](size_t h, size_t) { totals_[h] = kernels_.softmax(&scores_[h * stride], n_positions); });
-  const size_t slices = (head_dim + kDimsPerPiece - 1) / kDimsPerPiece;
+  const size_t slices = ceil_div(head_dim, kDimsPerPiece);
   pool_.for_each(config_.n_kv_heads * slices, [&](size_t piece, size_t) {
     const size_t head = piece / slices * group, first = piece % slices * kDimsPerPiece;
     const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
@@ -289,7 +316,7 @@ void Transformer::logits(float* out, size_t which) { multiply_output(&outputs_[w
 void Transformer::multiply_output(const float* x, size_t n, float* out) {
   if (n == 0) return;
   const FloatRows& output = model_.output();
-  pool_.for_each((output.rows + kLogitRowsPerPiece - 1) / kLogitRowsPerPiece, [&](size_t piece, size_t) {
+  pool_.for_each(ceil_div(output.rows, kLogitRowsPerPiece), [&](size_t piece, size_t) {
     const size_t first = piece * kLogitRowsPerPiece, count = std::min(kLogitRowsPerPiece, output.rows - first);
     kernels_.dot_rows(output.slice(first, count), x, n, out + first, output.rows);
   });
@@ -322,26 +349,47 @@ Screen Transformer::prepare_screen(const float* x) {
   return {screen_values_.data(), screen_corrections_.data(), screen_variances_.data(), steps / s};
 }
 
-std::vector<Candidate> Transformer::screened_best(const float* x, size_t k) {
+std::vector<Candidate> Transformer::screened_best(const float* x, size_t k, std::span<const uint64_t> allowed) {
   const FloatRows& output = model_.output();
   const Screen screen = prepare_screen(x);
+  const size_t n_pieces = ceil_div(output.rows, kScreenRowsPerPiece);
   estimates_.resize(output.rows);
   deviations_.resize(output.rows);
-  pool_.for_each((output.rows + kScreenRowsPerPiece - 1) / kScreenRowsPerPiece, [&](size_t piece, size_t) {
-    const size_t first = piece * kScreenRowsPerPiece, count = std::min(kScreenRowsPerPiece, output.rows - first);
-    kernels_.screen_rows(output.slice(first, count), screen, &estimates_[first], &deviations_[first]);
+  best_estimates_.resize(n_pieces);
+  highest_.resize(n_pieces);
+  pool_.for_each(n_pieces, [&](size_t piece, size_t) {
+    const size_t first = piece * kScreenRowsPerPiece, end = std::min(first + kScreenRowsPerPiece, output.rows);
+    kernels_.screen_rows(output.slice(first, end - first), screen, &estimates_[first], &deviations_[first]);
+    float best = -kInfinity, highest = -kInfinity;
+    for (size_t r = first; r < end; r++) {
+      if (!is_allowed(allowed, r)) estimates_[r] = -kInfinity;
+      best = std::max(best, estimates_[r]);  // NaN, of wrong weights, is passed over here and below
+      highest = std::max(highest, estimates_[r] + kScreenDeviations * deviations_[r]);
+    }
+    best_estimates_[piece] = best;
+    highest_[piece] = highest;
   });
+  // Calls f with the rows of those pieces whose value is at least `least`.
+  const auto for_rows = [&](const std::vector<float>& of_piece, const float& least, auto&& f) {
+    for (size_t piece = 0; piece < n_pieces; piece++)
+      if (of_piece[piece] >= least)
+        for (size_t r = piece * kScreenRowsPerPiece; r < std::min((piece + 1) * kScreenRowsPerPiece, output.rows); r++)
+          f(r);
+  };
   // The k rows of the best estimates are computed first. No row whose upper end stays below the least of them can be
   // among the best k.
-  std::vector<Candidate> out = best_of(estimates_, k);
+  Best best(k);
+  for_rows(best_estimates_, best.least(), [&](size_t r) { best.offer({estimates_[r], static_cast<int32_t>(r)}); });
+  std::vector<Candidate> out = best.take();
   exact_logits(x, out, 0);
-  float least = std::numeric_limits<float>::infinity();
+  float least = kInfinity;
   for (Candidate& candidate : out) {
     least = std::min(least, candidate.logit);
     estimates_[static_cast<size_t>(candidate.token)] = std::numeric_limits<float>::quiet_NaN();  // done
   }
-  for (size_t r = 0; r < output.rows; r++)
+  for_rows(highest_, least, [&](size_t r) {
     if (estimates_[r] + kScreenDeviations * deviations_[r] >= least) out.push_back({0.0f, static_cast<int32_t>(r)});
+  });
   exact_logits(x, out, k);
   return out;
 }
@@ -349,27 +397,37 @@ std::vector<Candidate> Transformer::screened_best(const float* x, size_t k) {
 // Fills in the logits of the candidates from `first` on.
 void Transformer::exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first) {
   const size_t n = candidates.size() - first;
-  pool_.for_each((n + kCandidatesPerPiece - 1) / kCandidatesPerPiece, [&](size_t piece, size_t) {
+  pool_.for_each(ceil_div(n, kCandidatesPerPiece), [&](size_t piece, size_t) {
     const size_t begin = first + piece * kCandidatesPerPiece;
     for (size_t i = begin; i < std::min(begin + kCandidatesPerPiece, candidates.size()); i++) {
       Candidate& candidate = candidates[i];
       kernels_.dot_rows(model_.output().slice(static_cast<size_t>(candidate.token), 1), x, 1, &candidate.logit, 1);
-      if (std::isnan(candidate.logit)) candidate.logit = -std::numeric_limits<float>::infinity();
+      if (std::isnan(candidate.logit)) candidate.logit = -kInfinity;
     }
   });
 }
 
-std::vector<Candidate> Transformer::best(size_t which, size_t k) {
+std::vector<Candidate> Transformer::best(size_t which, size_t k, std::span<const uint64_t> allowed) {
   std::vector<Candidate> candidates;
   const float* x = &outputs_[which * config_.dim];
   k = std::min(k, config_.n_vocab);
-  if (can_screen()) {
-    candidates = screened_best(x, k);
+  size_t n_allowed = 0;
+  for (const uint64_t word : allowed) n_allowed += static_cast<size_t>(std::popcount(word));
+  if (!allowed.empty() && n_allowed <= std::max(k, kFewTokens)) {
+    for (size_t t = 0; t < config_.n_vocab; t++)
+      if (is_allowed(allowed, t)) candidates.push_back({0.0f, static_cast<int32_t>(t)});
+    exact_logits(x, candidates, 0);
+  } else if (can_screen()) {
+    candidates = screened_best(x, k, allowed);
   } else {
     estimates_.resize(config_.n_vocab);
     multiply_output(x, 1, estimates_.data());
+    for (size_t t = 0; t < config_.n_vocab; t++)
+      if (!is_allowed(allowed, t)) estimates_[t] = -kInfinity;
     candidates = best_of(estimates_, k);
   }
+  // Tokens without a finite logit are last, and there may be some among them that are not allowed.
+  std::erase_if(candidates, [&](const Candidate& c) { return !is_allowed(allowed, static_cast<size_t>(c.token)); });
   std::sort(candidates.begin(), candidates.end(), better);
   if (candidates.size() > k) candidates.resize(k);
   return candidates;

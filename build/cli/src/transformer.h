@@ -25,6 +25,7 @@ struct BatchToken {
 struct Candidate {
   float logit;
   int32_t token;
+  bool operator==(const Candidate&) const = default;
 };
 
 // Larger logits first, the lower id first of equals.
@@ -50,8 +51,9 @@ class Transformer {
   void logits(float* out);
   void logits(float* out, size_t which);  // … those of one of them, (n_vocab), …
   // … or the k largest of one of them, best first, with the bits that logits() gives. Of a split output matrix only the
-  // upper plane is read whole; rows that it leaves a chance to are then computed exactly.
-  std::vector<Candidate> best(size_t which, size_t k);
+  // upper plane is read whole; rows that it leaves a chance to are then computed exactly. Where `allowed` is given, a
+  // bit for each token (token t is bit t mod 64 of word t / 64), tokens whose bit is not set do not take part.
+  std::vector<Candidate> best(size_t which, size_t k, std::span<const uint64_t> allowed = {});
 
   size_t max_batch() const { return max_batch_; }
   static size_t buffer_bytes(const Config& config, size_t max_batch, size_t max_context, size_t n_threads);
@@ -81,7 +83,7 @@ class Transformer {
   void multiply_output(const float* x, size_t n, float* out);
   bool can_screen() const;
   Screen prepare_screen(const float* x);
-  std::vector<Candidate> screened_best(const float* x, size_t k);
+  std::vector<Candidate> screened_best(const float* x, size_t k, std::span<const uint64_t> allowed);
   void exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first);
   template <class F>
   void for_each_token(F&& f);
@@ -105,8 +107,9 @@ class Transformer {
   std::vector<float> gate_, up_;         // (max_batch, ffn_dim)
   std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
   size_t n_wanting_ = 0;
-  std::vector<float> outputs_;                 // (n_wanting, dim): what the output matrix is multiplied with
-  std::vector<float> estimates_, deviations_;  // of screening
+  std::vector<float> outputs_;                   // (n_wanting, dim): what the output matrix is multiplied with
+  std::vector<float> estimates_, deviations_;    // of screening
+  std::vector<float> best_estimates_, highest_;  // a piece each: its best estimate, the most that a logit can be
   std::vector<int8_t> screen_values_;
   std::vector<float> screen_corrections_, screen_variances_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)

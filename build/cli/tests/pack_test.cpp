@@ -9,10 +9,12 @@
 #include <cstring>
 #include <filesystem>
 #include <fstream>
+#include <limits>
 #include <random>
 
 #include "engine.h"
 #include "kernels/half.h"
+#include "prompt.h"
 #include "session.h"
 
 using namespace bitnet;
@@ -42,6 +44,12 @@ EngineOptions options(const std::string& path, Isa isa = best_isa(), size_t n_th
 std::vector<TokenId> words(const Engine& engine) {
   return text_prompt(engine.tokenizer,
                      "The little girl said to the old king: \"I have three golden apples, and a wolf.\"", true, false);
+}
+
+std::vector<Candidate> sorted_best(std::span<const float> logits, size_t k) {
+  std::vector<Candidate> best = best_of(logits, k);
+  std::sort(best.begin(), best.end(), better);
+  return best;
 }
 
 }  // namespace
@@ -146,13 +154,18 @@ TEST_CASE("a packed model: smaller, checksums of its chunks, best logits equal t
           session.evaluate(std::span(tokens).subspan(i, 1));
           engine.transformer.logits(logits.data());
           for (const size_t k : {1, 40, 100}) {
-            std::vector<Candidate> all = best_of(logits, k);
-            std::sort(all.begin(), all.end(), better);
-            const std::vector<Candidate> best = engine.transformer.best(0, k);
-            REQUIRE(best.size() == k);
-            for (size_t j = 0; j < k; j++) {
-              CHECK(best[j].token == all[j].token);
-              CHECK(best[j].logit == all[j].logit);
+            CHECK(engine.transformer.best(0, k) == sorted_best(logits, k));
+            // Few allowed tokens, and nearly all.
+            for (const size_t every : {2, 3, 50}) {
+              std::vector<uint64_t> allowed((logits.size() + 63) / 64, every == 2 ? ~uint64_t{1} : 0);
+              if (every > 2)
+                for (size_t t = 0; t < logits.size(); t += every) allowed[t / 64] |= uint64_t{1} << t % 64;
+              std::vector<float> masked = logits;
+              for (size_t t = 0; t < logits.size(); t++)
+                if ((allowed[t / 64] >> t % 64 & 1) == 0) masked[t] = -std::numeric_limits<float>::infinity();
+              std::vector<Candidate> all = sorted_best(masked, k);
+              std::erase_if(all, [](const Candidate& c) { return std::isinf(c.logit); });
+              CHECK(engine.transformer.best(0, k, allowed) == all);
             }
           }
         }
