@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import base64
 import json
+import os
+import signal
 from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import hypothesis
+import jsonschema
 import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
 
+from function.api import Api, Call
 from function.engine import Engine
 from function.model_store import ModelStore
 from function.schema import ApiError, Structure
 from function.settings import Settings
 from function.structured import Grammars
+from tests.events import url_event
+from tests.processes import engines
 
 pytestmark = pytest.mark.usefixtures("engine_path")
 
@@ -24,6 +35,11 @@ def engine() -> Iterator[Engine]:
     engine = Engine(settings, ModelStore(settings))
     yield engine
     engine.stop()
+
+
+@pytest.fixture(scope="module")
+def api(engine: Engine) -> Api:
+    return Api(Settings(), engine)
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +71,10 @@ def allowed(answer: dict[str, Any], token: int) -> bool:
 
 KING = {
     "type": "object",
-    "properties": {"name": {"type": "string"}, "age": {"type": "integer", "minimum": 0, "maximum": 120}},
+    "properties": {
+        "name": {"type": "string", "maxLength": 30},
+        "age": {"type": "integer", "minimum": 0, "maximum": 120},
+    },
     "required": ["name", "age"],
     "additionalProperties": False,
 }
@@ -184,3 +203,121 @@ def test_tokens_without_an_alternative_are_spelled_as_the_model_would(grammars: 
         drawn += answer["forced"]
         answer = masks.answer(0, answer["forced"])
     assert drawn == engine.tokenize('{"a king": ["once upon a time"]}', add_bos=False, special=False)
+
+
+NAMES = st.sampled_from(["name", "age", "a b", '"', "Grüße", "🐉", "n\n", ""])
+TEXTS = st.text(st.characters(codec="utf-8"), max_size=6)
+BOUND = st.integers(-1000, 1000)
+
+
+def bounded(kind: str, low: str, high: str, bounds: st.SearchStrategy[tuple[Any, Any]]) -> st.SearchStrategy[Any]:
+    return bounds.map(lambda pair: {"type": kind, low: min(pair), high: max(pair)})
+
+
+LENGTHS = st.tuples(st.integers(0, 12), st.integers(0, 12))
+PATTERNS = ("^[a-z]{1,5}$", "^(ab|cd){2}$", r"^\d{3}$", "b")
+SIMPLE = st.one_of(
+    st.sampled_from([{"type": "boolean"}, {"type": "null"}, {"type": "number", "minimum": 0, "maximum": 9}]),
+    bounded("integer", "minimum", "maximum", st.tuples(BOUND, BOUND)),
+    bounded("string", "minLength", "maxLength", LENGTHS),
+    st.lists(TEXTS | BOUND | st.none() | st.booleans(), min_size=1, max_size=3).map(lambda values: {"enum": values}),
+    TEXTS.map(lambda text: {"const": text}),
+    st.sampled_from([{"type": "string", "pattern": pattern} for pattern in PATTERNS]),
+    st.sampled_from([{"type": "string", "format": name} for name in ("date", "time", "ipv4", "uuid")]),
+)
+
+
+def arrays(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    sizes = st.tuples(st.integers(0, 3), st.integers(0, 3))
+    return st.tuples(items, sizes).map(
+        lambda pair: {"type": "array", "items": pair[0], "minItems": min(pair[1]), "maxItems": max(pair[1])}
+    )
+
+
+def objects(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    def made(properties: dict[str, Any], optional: set[str]) -> dict[str, Any]:
+        required = [name for name in properties if name not in optional]
+        return {"type": "object", "properties": properties, "required": required, "additionalProperties": False}
+
+    return st.builds(made, st.dictionaries(NAMES, items, max_size=3), st.sets(NAMES))
+
+
+def alternatives(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
+    return st.lists(items, min_size=1, max_size=3).map(lambda kinds: {"anyOf": kinds})
+
+
+SCHEMAS = st.recursive(
+    SIMPLE,
+    lambda inner: (
+        arrays(inner) | objects(inner) | st.lists(inner, min_size=1, max_size=3).map(lambda kinds: {"anyOf": kinds})
+    ),
+    max_leaves=5,
+)
+
+
+def test_every_completed_answer_fits_whatever_the_schema(endless_model: Path) -> None:
+    settings = replace(Settings(), model_path=endless_model, ctx_size=1024)
+    engine = Engine(settings, ModelStore(settings))
+    api = Api(settings, engine)
+    ends = {"stop": 0, "length": 0}
+
+    @hypothesis.settings(max_examples=300, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @given(SCHEMAS, st.integers(0, 2**32 - 1), st.sampled_from([0, 1, 2.5]))
+    def fits(schema: dict[str, Any], seed: int, temperature: float) -> None:
+        wrapped = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema, "strict": True}}
+        request = {"messages": [{"role": "user", "content": "A tale?"}], "response_format": wrapped, "seed": seed}
+        options = {"max_tokens": 300, "temperature": temperature, "top_k": 0, "top_p": 1}
+        reply = api.http(url_event(request | options, path="/v1/chat/completions"), Call("1"))
+        assert isinstance(reply["body"], str)
+        body = json.loads(reply["body"])
+        assert reply["statusCode"] == 200, body
+        (choice,) = body["choices"]
+        ends[choice["finish_reason"]] += 1
+        if choice["finish_reason"] == "stop":
+            jsonschema.Draft202012Validator(schema).validate(json.loads(choice["message"]["content"]))
+        else:
+            assert body["usage"]["completion_tokens"] == 300
+
+    try:
+        fits()
+    finally:
+        engine.stop()
+    assert ends["stop"] > 10 * ends["length"], ends
+
+
+@pytest.mark.parametrize("cut", [1, 3, 10])
+def test_an_answer_that_is_cut_says_so(api: Api, cut: int) -> None:
+    body = complete(api, {"prompt": "A king", "json_schema": KING, "n_predict": cut})
+    assert (body["stop_type"], body["tokens_predicted"]) == ("limit", cut)
+    assert '{"name": "'.startswith(body["content"]) or body["content"].startswith('{"name": "')
+
+
+def test_a_grammar_decides_what_is_written(api: Api) -> None:
+    request = {"prompt": "Once upon a time", "grammar": 'root ::= " Yes" | " No"', "temperature": 2}
+    assert {complete(api, request | {"seed": seed})["content"] for seed in range(20)} == {" Yes", " No"}
+
+
+def test_each_prompt_and_completion_keeps_to_it(api: Api) -> None:
+    request = {"prompt": ["Once", "A king", "Then"], "n_cmpl": 3, "json_schema": {"enum": [1, "two", None]}}
+    answers = complete(api, request)
+    assert [answer["index"] for answer in answers] == list(range(9))
+    assert {answer["content"] for answer in answers} <= {"1", '"two"', "null"}
+    assert {answer["stop_type"] for answer in answers} == {"eos"}
+
+
+def test_a_worker_that_dies_begins_again_with_the_grammar(api: Api) -> None:
+    request = {"prompt": "A king", "json_schema": KING, "n_predict": 100}
+    complete(api, request)
+    (pid,) = engines(os.getpid())
+    os.kill(pid, signal.SIGKILL)
+    body = complete(api, request)
+    assert body["stop_type"] == "eos"
+    jsonschema.Draft202012Validator(KING).validate(json.loads(body["content"]))
+
+
+def complete(api: Api, request: dict[str, Any]) -> Any:
+    reply = api.http(url_event(request), Call("1"))
+    assert isinstance(reply["body"], str)
+    body = json.loads(reply["body"])
+    assert reply["statusCode"] == 200, body
+    return body
