@@ -363,7 +363,7 @@ def test_a_cancellation_before_it_begins(setup: Setup, endless_model: Path) -> N
 
 
 def test_requests_queue_up_to_a_limit(setup: Setup, endless_model: Path) -> None:
-    setup(MODEL_PATH=endless_model, CTX_SIZE=32_768, QUEUE_LIMIT=1)
+    setup(MODEL_PATH=endless_model, CTX_SIZE=32_768, PARALLEL=1, QUEUE_LIMIT=1)
     running = begin(ENDLESS)
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(post, {"prompt": PROMPT, "n_predict": 1})
