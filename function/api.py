@@ -205,7 +205,7 @@ class Api:
         defaults = schema.completion_request({"prompts": ("",)}, self._settings).generation_settings(-1)
         return {
             "default_generation_settings": {"n_ctx": ready["n_ctx"], "params": defaults},
-            "total_slots": ready.get("n_parallel", 1),
+            "total_slots": ready["n_parallel"],
             "model_path": ready["model"]["path"],
             "chat_template": chat_template.JINJA,
             "bos_token": chat_template.BEGIN,
@@ -261,7 +261,7 @@ class Api:
         """What the worker says of the completions, but for masks."""
         ready = self._engine.describe(call.deadline)
         biases = self._biases(request, call)
-        asked = request.for_engine(biases, ready.get("add_bos", False))
+        asked = request.for_engine(biases, ready["add_bos"])
         entry = None
         if request.prompt_cache_key and request.cache_prompt and len(asked) == 1:
             entry = self._prompt_cache.open(request.prompt_cache_key, ready)

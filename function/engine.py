@@ -316,7 +316,7 @@ class Engine:
         """Sequences that the worker computes at the same time; one as long as there is no worker."""
         ready = self._worker.ready if self._worker is not None else None
         usable = ready is not None and ready.done() and ready.exception() is None
-        return int(ready.result().get("n_parallel", 1)) if ready is not None and usable else 1
+        return int(ready.result()["n_parallel"]) if ready is not None and usable else 1
 
     @contextmanager
     def _admitted(self) -> Iterator[None]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bitnet.prompt_cache")
 
 SUFFIX = ".kv"
+USEFUL_TOKENS = 32  # shared with a prompt, below which the file is another prompt's: all begin with the same token
 PAUSE_S = 60  # without S3 after it failed
 CONNECT_TIMEOUT_S = 2
 READ_TIMEOUT_S = 10
@@ -83,7 +84,7 @@ class PromptCache:
             if "saved" in done["cache_file"]:
                 self._evict(entry.path)
                 self._upload(entry.path)
-            elif done["cache_file"] in ("none", "invalid") and not entry.save and not done["tokens_cached"]:
+            elif done["cache_file"] == "invalid" or done["tokens_cached"] < USEFUL_TOKENS:
                 with self._lock:
                     self._useless.add(entry.path)
         except Exception as error:

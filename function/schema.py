@@ -303,12 +303,7 @@ class Prompts:
         """The same in JSON Schema."""
         text = Text(self.max_bytes).document()
         mixed = {"type": "array", "items": {"anyOf": [Integer(0, INT32_MAX).document(), text]}, "minItems": 1}
-        wrapped = {
-            "type": "object",
-            "properties": {"prompt_string": text, "multimodal_data": {"const": []}},
-            "required": ["prompt_string"],
-            "additionalProperties": False,
-        }
+        wrapped = document({"prompt_string": Text(self.max_bytes)}, ["prompt_string"], WRAPPED_NEUTRAL)
         several = {
             "type": "array",
             "items": {"anyOf": [text, mixed, wrapped]},

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -381,6 +382,13 @@ def test_requests_queue_up_to_a_limit(setup: Setup, endless_model: Path) -> None
 def the_engine() -> int:
     (pid,) = engines(os.getpid())
     return pid
+
+
+def test_what_is_slow_to_import_waits_until_it_is_needed() -> None:
+    program = "import sys, function.handler as h; h.application(); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "function.api" in modules
+    assert not {"boto3", "botocore.client", "llguidance", "numpy", "pydantic"} & set(modules)
 
 
 def test_one_engine_serves_all_requests() -> None:

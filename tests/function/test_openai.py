@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import openai
 import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from openai.types.completion_choice import CompletionChoice
 
 from tests.processes import eventually
 from tests.server import Server
@@ -366,6 +368,83 @@ def test_several_prompts_with_several_completions(client: openai.OpenAI) -> None
         for choice in chunk.choices:
             streamed[choice.index] += choice.text
     assert streamed == texts
+
+
+def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "messages": [USER], "max_tokens": 6, "temperature": 0, "logprobs": True}
+    (choice,) = client.chat.completions.create(**request, top_logprobs=3).choices
+    assert choice.logprobs is not None
+    tokens = choice.logprobs.content or []
+    assert len(tokens) == 6
+    assert b"".join(bytes(token.bytes or []) for token in tokens).decode() == choice.message.content
+    for token in tokens:
+        best, *others = token.top_logprobs
+        assert (best.token, best.logprob) == (token.token, token.logprob)  # temperature 0
+        assert len(others) == 2
+        assert best.logprob >= others[0].logprob >= others[1].logprob
+        assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.0001
+    (bare,) = client.chat.completions.create(**request).choices
+    assert bare.logprobs is not None
+    assert [token.top_logprobs for token in bare.logprobs.content or []] == [[]] * 6
+    assert [token.logprob for token in bare.logprobs.content or []] == [token.logprob for token in tokens]
+    streamed = [
+        token
+        for chunk in client.chat.completions.create(**request, top_logprobs=3, stream=True)
+        for delta in chunk.choices
+        if delta.logprobs
+        for token in delta.logprobs.content or []
+    ]
+    assert streamed == tokens
+
+
+def test_log_probabilities_of_a_text(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
+    (choice,) = client.completions.create(**request, logprobs=2).choices
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == choice.text
+    assert logprobs.text_offset == [0, 6, 12, 14]  # of " there lived a king"
+    assert [len(top) for top in logprobs.top_logprobs or []] == [2] * 4
+    for token, logprob, top in zip(
+        logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.top_logprobs or [], strict=True
+    ):
+        assert top[token] == logprob == max(top.values())
+    (chosen,) = client.completions.create(**request, logprobs=0).choices
+    assert chosen.logprobs is not None
+    assert (chosen.logprobs.top_logprobs, chosen.logprobs.token_logprobs) == (None, logprobs.token_logprobs)
+
+
+def total_logprob(choice: CompletionChoice) -> float:
+    assert choice.logprobs is not None
+    return sum(choice.logprobs.token_logprobs or [])
+
+
+def test_the_best_of_some(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once", "max_tokens": 5, "seed": 3, "temperature": 1.5}
+    every = client.completions.create(**request, n=4, logprobs=0)
+    by_probability = sorted(every.choices, key=total_logprob, reverse=True)
+    best = client.completions.create(**request, n=2, best_of=4)
+    assert [choice.text for choice in best.choices] == [choice.text for choice in by_probability[:2]]
+    assert best.usage is not None
+    assert best.usage.completion_tokens == 20
+    for wrong in ({"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=MODEL, prompt="a", extra_body=wrong)
+        assert caught.value.param == "best_of"
+
+
+def test_a_bias_decides(client: openai.OpenAI, server: Server) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 3, "temperature": 0}
+    _, king = post(server, "/tokenize", {"content": " king"})
+    (token,) = king["tokens"]
+    assert client.completions.create(**request, logit_bias={str(token): 100}).choices[0].text == " king king king"
+    plain = client.completions.create(**request).choices[0].text
+    _, first = post(server, "/tokenize", {"content": plain})
+    banned = client.completions.create(**request, logit_bias={str(first["tokens"][0]): -100}).choices[0].text
+    assert not banned.startswith(plain.split()[0], 1)
+    with pytest.raises(openai.BadRequestError, match="5000") as caught:
+        client.completions.create(**request, logit_bias={"5000": 1})
+    assert (caught.value.param, caught.value.code) == ("logit_bias", "invalid_value")
 
 
 class King(pydantic.BaseModel):

@@ -305,6 +305,13 @@ def test_each_prompt_and_completion_keeps_to_it(api: Api) -> None:
     assert {answer["stop_type"] for answer in answers} == {"eos"}
 
 
+def test_forced_tokens_are_asked_for_when_their_probability_is_wanted(api: Api) -> None:
+    body = complete(api, {"prompt": "A king", "json_schema": {"const": "king"}, "n_probs": 2, "temperature": 0})
+    assert body["content"] == '"king"'
+    assert "".join(token["token"] for token in body["completion_probabilities"]) == '"king"'
+    assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in body["completion_probabilities"])
+
+
 def test_a_worker_that_dies_begins_again_with_the_grammar(api: Api) -> None:
     request = {"prompt": "A king", "json_schema": KING, "n_predict": 100}
     complete(api, request)
