@@ -252,7 +252,7 @@ class Engine:
     def _command(self, model: Path) -> list[str]:
         settings = self._settings
         command = [str(settings.bitnet_cli), "worker", "--model", str(model)]
-        command += ["--kv-type", settings.kv_type]
+        command += ["--kv-type", settings.kv_type, "--parallel", "1"]
         if settings.ctx_size:
             command += ["--ctx-size", str(settings.ctx_size)]
         if settings.threads:

@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 
 from function.settings import ROOT
-from tests.cli.conftest import Bitnet, error_line
+from tests.cli.bitnet import Bitnet, error_line
 
 PROMPT = "Once upon a time"
 GREEDY = ("--temperature", 0)

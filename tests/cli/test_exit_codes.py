@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from bitnet_gguf import ModelShape
 from synthesize import synthesize
-from tests.cli.conftest import Argument, Bitnet, error_line
+from tests.cli.bitnet import Argument, Bitnet, error_line
 
 INTERNAL, USAGE, UNREADABLE, TRUNCATED, NOT_GGUF, VERSION, UNSUPPORTED, INVALID, CONTEXT, MEMORY = 1, 2, *range(4, 12)
 

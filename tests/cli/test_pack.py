@@ -13,7 +13,7 @@ import pytest
 from bitnet_gguf import ModelShape
 from convert import convert
 from synthesize import synthesize
-from tests.cli.conftest import Bitnet
+from tests.cli.bitnet import Bitnet
 from tests.golden.random_models import RANDOM_MODELS, RandomModel, write_checkpoint
 
 TOKENS = ",".join(str(token) for token in (1, 7, 200, 31, 299, 5, 5, 64))

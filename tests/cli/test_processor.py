@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cli.conftest import Argument, Bitnet, error_line
+from tests.cli.bitnet import Argument, Bitnet, error_line
 
 UNSUPPORTED_PROCESSOR = 3
 MAX_BYTES = 10_000_000

@@ -8,6 +8,7 @@
 
 #include "error.h"
 #include "machine.h"
+#include "sequence.h"
 #include "session.h"
 #include "utf8.h"
 

@@ -19,12 +19,15 @@ struct EngineOptions {
   size_t n_ctx = 0;      // 0: the model's own, at most kDefaultContext
   size_t n_threads = 0;  // 0: usable_processors()
   size_t batch_size = 128;
+  size_t n_parallel = 1;  // completions at a time; 0: as the memory allows, at most kDefaultParallel
   Isa isa = best_isa();
   CacheType kv_type = CacheType::kF16;
 };
 
 inline constexpr size_t kDefaultContext = 2048;
 inline constexpr size_t kMaxThreads = 256;
+inline constexpr size_t kDefaultParallel = 8;
+inline constexpr size_t kMaxParallel = 64;
 
 class Engine {
  public:
@@ -37,6 +40,7 @@ class Engine {
   const size_t n_ctx;
   const CacheType kv_type;
   const Isa isa;
+  const size_t n_parallel;
   ThreadPool pool;
   Transformer transformer;
 

@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 
+#include <cstring>
 #include <string>
 
 #include "error.h"
@@ -26,6 +27,12 @@ KvCache::KvCache(const Config& config, size_t n_ctx, CacheType type)
 }
 
 KvCache::~KvCache() { munmap(data_, bytes_); }
+
+void KvCache::copy_prefix(const KvCache& from, size_t n_positions) {
+  from.for_each_range(n_positions, [&](std::span<const std::byte> range) {
+    std::memcpy(data_ + (range.data() - from.data_), range.data(), range.size());
+  });
+}
 
 size_t KvCache::bytes_per_position(const Config& config, CacheType type) {
   return config.n_layers * config.n_kv_heads * 2 * config.head_dim * element_bytes(type);

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
 
 #include "kernels/kernels.h"
 #include "model.h"
@@ -27,6 +28,21 @@ class KvCache {
   AttentionSpan span(size_t layer, size_t kv_head, size_t n_positions) const {
     return {keys(layer, kv_head), values(layer, kv_head), type_, n_positions, head_dim_};
   }
+
+  // The bytes of the first n positions, a run at a time, in an order that depends on nothing but n. The last run of
+  // keys may have bytes of later positions too.
+  template <class F>
+  void for_each_range(size_t n_positions, F&& f) const {
+    const size_t blocks = (n_positions + kPositionsPerBlock - 1) / kPositionsPerBlock;
+    const size_t position_bytes = head_dim_ * (type_ == CacheType::kF32 ? 4 : 2);
+    for (std::byte* keys = data_; keys < data_ + bytes_; keys += 2 * part_bytes_) {
+      f(std::span(keys, blocks * kPositionsPerBlock * position_bytes));
+      f(std::span(keys + part_bytes_, n_positions * position_bytes));
+    }
+  }
+
+  // Takes over the first n positions of a cache of the same model, type and size.
+  void copy_prefix(const KvCache& from, size_t n_positions);
 
  private:
   void* part(size_t layer, size_t kv_head, size_t which) const {

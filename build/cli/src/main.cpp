@@ -21,7 +21,8 @@
 #include "machine.h"
 #include "pack.h"
 #include "perplexity.h"
-#include "session.h"
+#include "prompt.h"
+#include "scheduler.h"
 #include "timings.h"
 #include "utf8.h"
 #include "version.h"
@@ -192,9 +193,10 @@ struct Generate {
     completion.prompt =
         chat ? chat_prompt(tokenizer, prompt) : text_prompt(tokenizer, prompt, !no_bos && tokenizer.add_bos(), special);
     if (completion.prompt.empty()) throw Error(ExitCode::kUsage, "--prompt: must have at least 1 token, got 0");
-    Session session(engine);
-    const Session::OnPiece print = [](std::string_view text, std::span<const TokenId>) { write_out(text); };
-    const CompletionResult r = session.complete(completion, json ? Session::OnPiece() : print, {});
+    Scheduler scheduler(engine);
+    const CompletionResult r = complete(scheduler, completion, [this](std::string_view text, std::span<const TokenId>) {
+                                 if (!json) write_out(text);
+                               }).front();
     if (!json) return write_out("\n");
     const Json out = {{"content", r.content},
                       {"tokens", r.tokens},
@@ -216,6 +218,10 @@ struct WorkerCommand {
     CLI::App& c =
         *app.add_subcommand("worker", "serve JSON lines on standard input and output (docs/worker-protocol.md)");
     model.add(c);
+    model.engine.n_parallel = 0;
+    c.add_option("--parallel", model.engine.n_parallel,
+                 "completions at a time; default: as the memory allows, at most 8")
+        ->transform(in_range<size_t>(1, kMaxParallel));
     c.callback([this] { run_worker(model.engine); });
   }
 };

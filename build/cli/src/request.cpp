@@ -15,7 +15,9 @@ constexpr int kMaxDepth = 8;  // of arrays and objects in each other: brackets a
 constexpr size_t kMaxIdBytes = 128;
 constexpr size_t kMaxStopStrings = 64;
 constexpr size_t kMaxStopBytes = 4096;
+constexpr int64_t kMaxCompletions = 16;
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+constexpr std::string_view kBase64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 constexpr int64_t kMaxTimeoutMs = 86'400'000;
 
 [[noreturn]] void refuse(const std::string& field, const std::string& message) {
@@ -149,6 +151,8 @@ CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::
   c.ignore_eos = fields.boolean("ignore_eos", false);
   c.cache_prompt = fields.boolean("cache_prompt", true);
   c.speculate = fields.boolean("speculate", true);
+  c.n = static_cast<size_t>(fields.integer("n", 1, 1, kMaxCompletions));
+  c.mask = fields.boolean("mask", false);
   if (const Json* stop = fields.find("stop")) {
     if (!stop->is_array() || stop->size() > kMaxStopStrings)
       refuse("stop", "must be an array of at most " + std::to_string(kMaxStopStrings) + " strings, got " +
@@ -163,6 +167,43 @@ CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::
   }
   if (const int64_t timeout = fields.integer("timeout_ms", 0, 1, kMaxTimeoutMs); timeout > 0)
     c.deadline = received + std::chrono::milliseconds(timeout);
+  return request;
+}
+
+// Base64 (RFC 4648, section 4) of a bitmap, least bit first → bits of n_vocab tokens.
+std::vector<uint64_t> bitmap(const std::string& text, size_t n_vocab) {
+  const size_t n_bytes = (n_vocab + 7) / 8, n_characters = (n_bytes + 2) / 3 * 4;
+  if (text.size() != n_characters)
+    refuse("allow", "must be null or " + std::to_string(n_characters) + " characters of base64, " +
+                        std::to_string(n_bytes) + " bytes, got " + std::to_string(text.size()) + " characters");
+  std::vector<uint64_t> bits((n_vocab + 63) / 64);
+  uint32_t buffer = 0;
+  size_t n_bits = 0, n = 0;
+  for (const char c : text.substr(0, (n_bytes * 8 + 5) / 6)) {
+    const size_t digit = kBase64.find(c);
+    if (digit == std::string_view::npos) refuse("allow", "must be base64, got another character");
+    buffer = buffer << 6 | static_cast<uint32_t>(digit);
+    n_bits += 6;
+    if (n_bits < 8 || n == n_bytes) continue;
+    n_bits -= 8;
+    bits[n / 8] |= static_cast<uint64_t>(buffer >> n_bits & 0xFF) << n % 8 * 8;
+    n++;
+  }
+  if (n_vocab % 64 != 0) bits.back() &= (uint64_t{1} << n_vocab % 64) - 1;
+  return bits;
+}
+
+MaskRequest mask(Fields& fields, size_t n_vocab) {
+  MaskRequest request;
+  request.index = static_cast<size_t>(fields.integer("index", 0, 0, kMaxCompletions - 1));
+  MaskAnswer& answer = request.answer;
+  const Json* allow = fields.find("allow");
+  answer.stop = fields.boolean("stop", false);
+  if (const bool forces = fields.find("forced"); forces) answer.forced = fields.tokens("forced", n_vocab);
+  if (!allow && !answer.stop && answer.forced.empty()) refuse("allow", "is missing");
+  if (!allow || allow->is_null()) return request;
+  if (!allow->is_string()) refuse("allow", "must be null or a string, got " + shown(*allow));
+  answer.allowed = bitmap(allow->get<std::string>(), n_vocab);
   return request;
 }
 
@@ -198,8 +239,16 @@ Request parse_request(const std::string& line, const Tokenizer& tokenizer, Clock
     request.body = TokenizeRequest{content, add_bos, fields.boolean("special", false)};
   } else if (op == "detokenize") {
     request.body = DetokenizeRequest{fields.tokens("tokens", tokenizer.vocab_size())};
+  } else if (op == "mask") {
+    try {
+      request.body = mask(fields, tokenizer.vocab_size());
+      fields.refuse_unknown();
+    } catch (const RequestError& e) {
+      request.body = MaskRequest{0, {}, e};
+    }
+    return request;
   } else if (op != "cancel") {
-    refuse("op", "must be completion, tokenize, detokenize or cancel");
+    refuse("op", "must be completion, tokenize, detokenize, cancel or mask");
   }
   fields.refuse_unknown();
   return request;

@@ -4,24 +4,14 @@
 #include <cstdint>
 #include <nlohmann/json_fwd.hpp>
 #include <optional>
-#include <stdexcept>
 #include <string>
 #include <variant>
 #include <vector>
 
 #include "sampler.h"
-#include "session.h"
+#include "sequence.h"
 
 namespace bitnet {
-
-// A request that cannot be served; becomes an error event.
-class RequestError : public std::runtime_error {
- public:
-  RequestError(std::string code, std::string field, const std::string& message)
-      : std::runtime_error(message), code(std::move(code)), field(std::move(field)) {}
-  std::string code;   // invalid_json, invalid_request
-  std::string field;  // empty when no field is to blame
-};
 
 // A piece of a prompt that is an array: a text, then token ids.
 struct PromptPart {
@@ -47,10 +37,15 @@ struct DetokenizeRequest {
   std::vector<TokenId> tokens;
 };
 struct CancelRequest {};
+struct MaskRequest {
+  size_t index = 0;
+  MaskAnswer answer;
+  std::optional<RequestError> error;  // what is wrong with the answer: the completion cannot go on
+};
 
 struct Request {
   std::string id;
-  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, CancelRequest> body;
+  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, CancelRequest, MaskRequest> body;
 };
 
 // `received` is when the line was read: timeouts count from there. Throws RequestError; `id` is set as soon as it is

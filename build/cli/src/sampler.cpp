@@ -2,44 +2,32 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 #include <unordered_map>
 
 #include "elementary.h"
 
 namespace bitnet {
 
-Sampler::Sampler(const SamplingParams& params, std::vector<TokenId> banned)
-    : params_(params), banned_(std::move(banned)), random_(params.seed) {
-  std::sort(banned_.begin(), banned_.end());
-}
-
 size_t Sampler::candidates_wanted() const {
   if (penalises()) return 0;
-  if (params_.temperature <= 0.0f) return 1 + banned_.size();
+  if (params_.temperature <= 0.0f) return 1;
   if (params_.top_k < 1 || params_.top_k > kMaxScreenedTopK) return 0;
-  return static_cast<size_t>(params_.top_k) + banned_.size();
+  return static_cast<size_t>(params_.top_k);
 }
 
 TokenId Sampler::sample(std::span<const Candidate> best) {
-  const size_t k = params_.temperature <= 0.0f ? 1 : static_cast<size_t>(params_.top_k);
-  candidates_.clear();
-  for (const Candidate& candidate : best)
-    if (candidates_.size() < k && !is_banned(candidate.token)) candidates_.push_back(candidate);
+  candidates_.assign(best.begin(), best.end());
   return draw();
 }
 
 TokenId Sampler::sample(std::span<float> logits, std::span<const TokenId> history) {
   penalise(logits, history);
-  for (const TokenId token : banned_) logits[static_cast<size_t>(token)] = -std::numeric_limits<float>::infinity();
   size_t k = params_.temperature <= 0.0f ? 1 : static_cast<size_t>(params_.top_k);
   if (k == 0 || k > logits.size()) k = logits.size();
   candidates_ = best_of(logits, k);
   std::sort(candidates_.begin(), candidates_.end(), better);
   return draw();
 }
-
-bool Sampler::is_banned(TokenId token) const { return std::binary_search(banned_.begin(), banned_.end(), token); }
 
 bool Sampler::penalises() const {
   return params_.repeat_penalty != 1.0f || params_.presence_penalty != 0.0f || params_.frequency_penalty != 0.0f;

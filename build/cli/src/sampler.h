@@ -26,8 +26,7 @@ struct SamplingParams {
 
 class Sampler {
  public:
-  // `banned` tokens are never chosen.
-  Sampler(const SamplingParams& params, std::vector<TokenId> banned);
+  explicit Sampler(const SamplingParams& params) : params_(params), random_(params.seed) {}
 
   // How many of the largest logits are enough to draw from; 0: it takes all of them, because a penalty can lift a token
   // from outside.
@@ -36,8 +35,8 @@ class Sampler {
   // From the best candidates (best first, as many as wanted).
   TokenId sample(std::span<const Candidate> best);
 
-  // From all logits, (n_vocab), which are used up; `history` is the prompt and what was generated after it. Equal
-  // logits: the lower id wins.
+  // From all logits, (n_vocab), which are used up; −∞: never. `history` is the prompt and what was generated after it.
+  // Equal logits: the lower id wins.
   TokenId sample(std::span<float> logits, std::span<const TokenId> history);
 
  private:
@@ -45,11 +44,9 @@ class Sampler {
 
   bool penalises() const;
   void penalise(std::span<float> logits, std::span<const TokenId> history) const;
-  bool is_banned(TokenId token) const;
   TokenId draw();
 
   SamplingParams params_;
-  std::vector<TokenId> banned_;  // sorted
   std::mt19937_64 random_;
   std::vector<Candidate> candidates_;  // best first
   std::vector<double> weights_;

@@ -3,7 +3,7 @@
 
 #include <nlohmann/json.hpp>
 
-#include "session.h"
+#include "sequence.h"
 
 namespace bitnet {
 

@@ -4,26 +4,27 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 
-#include <algorithm>
-#include <atomic>
 #include <cerrno>
 #include <chrono>
 #include <condition_variable>
 #include <csignal>
 #include <deque>
+#include <functional>
 #include <iterator>
-#include <limits>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <nlohmann/json.hpp>
 #include <optional>
+#include <set>
+#include <string>
 #include <thread>
 #include <utility>
 #include <vector>
 
+#include "prompt.h"
 #include "request.h"
-#include "session.h"
+#include "scheduler.h"
 #include "timings.h"
 #include "utf8.h"
 #include "version.h"
@@ -46,10 +47,9 @@ class Input {
   Input& operator=(const Input&) = delete;
 
   // kClosed: standard input has ended, this once. kGone: the parent, or the reader of standard output, is no more.
-  enum class Outcome { kLine, kTooLong, kTimeout, kClosed, kGone };
+  enum class Outcome { kLine, kTooLong, kClosed, kGone };
 
-  // Waits for a line, until `deadline` where there is one.
-  Outcome next(std::string& line, std::optional<Clock::time_point> deadline) {
+  Outcome next(std::string& line) {
     for (;;) {
       if (const size_t end = buffer_.find('\n', searched_); end != std::string::npos) {
         line.assign(buffer_, 0, end);
@@ -63,9 +63,7 @@ class Input {
       }
       searched_ = buffer_.size();
       pollfd waits[] = {{input_, POLLIN, 0}, {parent_, POLLIN, 0}, {STDOUT_FILENO, 0, 0}};  // those below 0 are ignored
-      const int n_ready = poll(waits, std::size(waits), poll_timeout(deadline));
-      if (n_ready < 0) continue;  // a signal
-      if (n_ready == 0) return Outcome::kTimeout;
+      if (poll(waits, std::size(waits), -1) < 0) continue;                                  // a signal
       if (waits[1].revents != 0 || waits[2].revents != 0) return Outcome::kGone;
       char bytes[65536];
       const ssize_t n = read(input_, bytes, sizeof bytes);
@@ -82,12 +80,6 @@ class Input {
   }
 
  private:
-  static int poll_timeout(std::optional<Clock::time_point> deadline) {
-    if (!deadline) return -1;
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(*deadline - Clock::now()).count();
-    return static_cast<int>(std::clamp<int64_t>(left, 0, std::numeric_limits<int>::max()));
-  }
-
   int input_ = STDIN_FILENO;  // −1 once it has closed
   int parent_;                // becomes readable when the parent ends; −1 where the kernel has no such thing
   std::string buffer_;
@@ -97,37 +89,110 @@ class Input {
 
 void end_process(int) { _exit(0); }
 
+Json done_event(const std::string& id, size_t index, const CompletionResult& r) {
+  return {{"event", "done"},
+          {"id", id},
+          {"index", index},
+          {"content", r.content},
+          {"tokens", r.tokens},
+          {"stop_type", name_of(r.stop_type)},
+          {"stopping_word", r.stopping_word},
+          {"tokens_predicted", r.tokens.size()},
+          {"tokens_evaluated", r.n_prompt},
+          {"tokens_cached", r.n_cached},
+          {"truncated", r.truncated},
+          {"seed", r.seed},
+          {"timings", timings(r)}};
+}
+
+Json error_event(const std::string& id, const std::string& code, const std::string& field, const std::string& message) {
+  return {{"event", "error"},
+          {"id", id.empty() ? Json() : Json(id)},
+          {"code", code},
+          {"field", field.empty() ? Json() : Json(field)},
+          {"message", message}};
+}
+
+Json error_event(const std::string& id, const std::exception& error) {
+  if (const auto* e = dynamic_cast<const RequestError*>(&error)) return error_event(id, e->code, e->field, e->what());
+  if (const auto* e = dynamic_cast<const ContextExceeded*>(&error)) {
+    Json event = error_event(id, "context_length_exceeded", "prompt", e->what());
+    event["n_prompt"] = e->n_prompt;
+    event["n_ctx"] = e->n_ctx;
+    return event;
+  }
+  return error_event(id, "internal", "", error.what());
+}
+
 class Worker {
  public:
-  Worker(Engine& engine, Input& input) : engine_(engine), session_(engine), input_(input) {}
+  Worker(Engine& engine, Input& input) : engine_(engine), scheduler_(engine), input_(input) {}
 
   // What goes wrong outside a request ends the process: half a protocol helps nobody.
   [[noreturn]] void run(double load_ms) noexcept {
     send(ready(load_ms));
     std::thread([this] { read_requests(); }).detach();
-    while (std::optional<Job> job = next_job()) serve(*job);
-    _exit(0);  // the reader's thread still waits for the parent's end
+    for (;;) {
+      if (scheduler_.step([this] { take_messages(); })) continue;
+      std::unique_lock lock(mutex_);
+      if (closed_ && messages_.empty()) {
+        if (scheduler_.idle()) _exit(0);  // the reader's thread still waits for the parent's end
+        lock.unlock();
+        scheduler_.fail_waiting(RequestError("invalid_request", "mask", "mask: no answer can come any more"));
+        continue;
+      }
+      const auto changed = [this] { return closed_ || !messages_.empty(); };
+      if (const auto deadline = scheduler_.next_deadline())
+        changed_.wait_until(lock, *deadline, changed);
+      else
+        changed_.wait(lock, changed);
+    }
   }
 
  private:
-  struct Job {
-    Request request;
-    std::shared_ptr<std::atomic<bool>> cancelled;
+  using Message = std::function<void()>;  // of the reader's thread, carried out in that of the scheduler
+
+  // Turns what becomes of one request into events.
+  class Answer : public CompletionObserver {
+   public:
+    Answer(Worker& worker, const std::string& id, size_t n, bool stream)
+        : worker_(worker), id_(id), n_left_(n), stream_(stream) {}
+
+    void on_piece(size_t index, std::string_view text, std::span<const TokenId> tokens) override {
+      if (stream_)
+        worker_.send({{"event", "token"}, {"id", id_}, {"index", index}, {"content", text}, {"tokens", tokens}});
+    }
+    void on_mask(size_t index, std::span<const TokenId> tokens) override {
+      worker_.send({{"event", "mask"}, {"id", id_}, {"index", index}, {"tokens", tokens}});
+    }
+    void on_done(size_t index, const CompletionResult& result) override {
+      const Json event = done_event(id_, index, result);
+      if (--n_left_ == 0) worker_.forget(id_);
+      worker_.send(event);
+    }
+    void on_error(const std::exception& error) override {
+      worker_.forget(id_);
+      worker_.send(error_event(id_, error));
+    }
+
+   private:
+    Worker& worker_;
+    std::string id_;
+    size_t n_left_;
+    bool stream_;
   };
 
-  // The reader's thread: parses, so that a cancel acts and a timeout counts while something computes.
+  // The reader's thread: parses and tokenizes, so that nothing that computes waits for it.
   void read_requests() {
     std::string line;
     for (;;) {
-      switch (input_.next(line, end_queued())) {
+      switch (input_.next(line)) {
         case Input::Outcome::kLine:
           if (line.find_first_not_of(" \t\r") != std::string::npos) read_request(line);
           break;
         case Input::Outcome::kTooLong:
           send(
               error_event("", "invalid_request", "", "a line has at most " + std::to_string(kMaxLineBytes) + " bytes"));
-          break;
-        case Input::Outcome::kTimeout:
           break;
         case Input::Outcome::kClosed: {
           const std::lock_guard lock(mutex_);
@@ -144,105 +209,100 @@ class Worker {
   void read_request(const std::string& line) {
     std::string id;
     try {
-      accept(parse_request(line, engine_.tokenizer, Clock::now(), id));
-    } catch (const RequestError& e) {
-      send(error_event(id, e.code, e.field, e.what()));
+      Request request = parse_request(line, engine_.tokenizer, Clock::now(), id);
+      std::visit([&](auto& body) { accept(id, std::move(body)); }, request.body);
     } catch (const std::bad_alloc&) {
       send(error_event(id, "internal", "", "not enough memory for the request"));
-    }
-  }
-
-  void accept(Request request) {
-    std::unique_lock lock(mutex_);
-    if (std::holds_alternative<CancelRequest>(request.body)) {
-      if (const auto it = live_.find(request.id); it != live_.end()) it->second->store(true);
-      return;
-    }
-    const auto [it, is_new] = live_.try_emplace(request.id, std::make_shared<std::atomic<bool>>(false));
-    if (!is_new) throw RequestError("invalid_request", "id", "id: a request of this id is still being served");
-    Job job{std::move(request), it->second};
-    if (std::holds_alternative<CompletionRequest>(job.request.body)) {
-      jobs_.push_back(std::move(job));
-      changed_.notify_all();
-    } else {  // takes no computing: need not wait for what runs
-      lock.unlock();
-      serve(job);
-    }
-  }
-
-  // Answers the queued completions that are over before they began, cancelled or past their deadline: they need not
-  // wait for the one that runs. Gives back the next deadline in the queue.
-  std::optional<Clock::time_point> end_queued() {
-    std::optional<Clock::time_point> next;
-    const std::lock_guard lock(mutex_);
-    std::erase_if(jobs_, [&](const Job& job) {
-      const auto& request = std::get<CompletionRequest>(job.request.body);
-      const std::optional<Clock::time_point>& deadline = request.completion.deadline;
-      const bool late = deadline && Clock::now() >= *deadline;
-      if (!late && !*job.cancelled) {
-        if (deadline) next = next ? std::min(*next, *deadline) : *deadline;
-        return false;
-      }
-      CompletionResult nothing;
-      nothing.stop_type = *job.cancelled ? StopType::kCancelled : StopType::kDeadline;
-      send(done_event(job.request.id, request, nothing));
-      live_.erase(job.request.id);
-      return true;
-    });
-    return next;
-  }
-
-  std::optional<Job> next_job() {
-    std::unique_lock lock(mutex_);
-    changed_.wait(lock, [this] { return closed_ || !jobs_.empty(); });
-    if (jobs_.empty()) return std::nullopt;
-    Job job = std::move(jobs_.front());
-    jobs_.pop_front();
-    return job;
-  }
-
-  void serve(const Job& job) {
-    const std::string& id = job.request.id;
-    Json event;
-    try {
-      event = std::visit([&](const auto& body) { return answer(id, body, *job.cancelled); }, job.request.body);
-    } catch (const ContextExceeded& e) {
-      event = error_event(id, "context_length_exceeded", "prompt", e.what());
-      event["n_prompt"] = e.n_prompt;
-      event["n_ctx"] = e.n_ctx;
-    } catch (const RequestError& e) {
-      event = error_event(id, e.code, e.field, e.what());
     } catch (const std::exception& e) {
-      event = error_event(id, "internal", "", e.what());
+      send(error_event(id, e));
     }
-    {
-      const std::lock_guard lock(mutex_);
-      live_.erase(id);
-    }
-    send(event);
   }
 
-  Json answer(const std::string& id, const CompletionRequest& request, const std::atomic<bool>& cancelled) {
-    Completion completion = request.completion;
-    const Tokenizer& tokenizer = engine_.tokenizer;
-    if (request.chat)
-      completion.prompt = chat_prompt(tokenizer, *request.text);
-    else if (request.text)
-      completion.prompt = text_prompt(tokenizer, *request.text, request.add_bos, request.special);
-    else
-      completion.prompt = parts_prompt(request);
+  void accept(const std::string& id, CompletionRequest request) {
+    require_free(id);
+    Completion completion = std::move(request.completion);
+    completion.prompt = prompt_of(request);
     if (completion.prompt.empty())
       throw RequestError("invalid_request", "prompt", "prompt: must have at least 1 token, got 0");
-    const Session::OnPiece on_piece = [&](std::string_view text, std::span<const TokenId> tokens) {
-      send({{"event", "token"}, {"id", id}, {"content", text}, {"tokens", tokens}});
-    };
-    const CompletionResult r = session_.complete(completion, request.stream ? on_piece : Session::OnPiece(),
-                                                 [&] { return cancelled.load(std::memory_order_relaxed); });
-    return done_event(id, request, r);
+    {
+      const std::lock_guard lock(mutex_);
+      live_.insert(id);
+    }
+    post([this, id, completion = std::move(completion), stream = request.stream] {
+      const auto answer = std::make_shared<Answer>(*this, id, completion.n, stream);
+      try {
+        tickets_[id] = scheduler_.submit(completion, answer);
+      } catch (const std::exception& e) {
+        answer->on_error(e);
+      }
+    });
   }
 
-  std::vector<TokenId> parts_prompt(const CompletionRequest& request) const {
+  void accept(const std::string& id, TokenizeRequest request) {
+    require_free(id);
+    send({{"event", "done"},
+          {"id", id},
+          {"tokens", text_prompt(engine_.tokenizer, request.content, request.add_bos, request.special)}});
+  }
+
+  void accept(const std::string& id, DetokenizeRequest request) {
+    require_free(id);
+    send({{"event", "done"}, {"id", id}, {"content", to_valid_utf8(engine_.tokenizer.decode(request.tokens, true))}});
+  }
+
+  void accept(const std::string& id, CancelRequest) {
+    post([this, id] {
+      if (const auto it = tickets_.find(id); it != tickets_.end()) scheduler_.cancel(it->second);
+    });
+  }
+
+  void accept(const std::string& id, MaskRequest request) {
+    post([this, id, request = std::move(request)] {
+      const auto it = tickets_.find(id);
+      if (it == tickets_.end()) {
+        if (request.error) send(error_event(id, *request.error));
+      } else if (request.error) {
+        scheduler_.fail(it->second, *request.error);
+      } else {
+        scheduler_.answer(it->second, request.index, request.answer);
+      }
+    });
+  }
+
+  void require_free(const std::string& id) {
+    const std::lock_guard lock(mutex_);
+    if (live_.contains(id))
+      throw RequestError("invalid_request", "id", "id: a request of this id is still being served");
+  }
+
+  void post(Message message) {
+    const std::lock_guard lock(mutex_);
+    messages_.push_back(std::move(message));
+    changed_.notify_all();
+  }
+
+  void take_messages() {
+    for (;;) {
+      std::unique_lock lock(mutex_);
+      if (messages_.empty()) return;
+      const Message message = std::move(messages_.front());
+      messages_.pop_front();
+      lock.unlock();
+      message();
+    }
+  }
+
+  // The request is over: its id may be used again.
+  void forget(const std::string& id) {
+    tickets_.erase(id);
+    const std::lock_guard lock(mutex_);
+    live_.erase(id);
+  }
+
+  std::vector<TokenId> prompt_of(const CompletionRequest& request) const {
     const Tokenizer& tokenizer = engine_.tokenizer;
+    if (request.chat) return chat_prompt(tokenizer, *request.text);
+    if (request.text) return text_prompt(tokenizer, *request.text, request.add_bos, request.special);
     std::vector<TokenId> ids;
     for (const PromptPart& part : request.parts) {
       const std::vector<TokenId> text = tokenizer.encode(part.text, request.special);
@@ -253,18 +313,6 @@ class Worker {
       ids.insert(ids.begin(), *tokenizer.bos());
     return ids;
   }
-
-  Json answer(const std::string& id, const TokenizeRequest& request, const std::atomic<bool>&) {
-    return {{"event", "done"},
-            {"id", id},
-            {"tokens", text_prompt(engine_.tokenizer, request.content, request.add_bos, request.special)}};
-  }
-
-  Json answer(const std::string& id, const DetokenizeRequest& request, const std::atomic<bool>&) {
-    return {{"event", "done"}, {"id", id}, {"content", to_valid_utf8(engine_.tokenizer.decode(request.tokens, true))}};
-  }
-
-  Json answer(const std::string&, const CancelRequest&, const std::atomic<bool>&) { return {}; }
 
   Json ready(double load_ms) const {
     const Config& c = engine_.config();
@@ -282,6 +330,7 @@ class Worker {
               {"n_layer", c.n_layers},
               {"n_params", engine_.model.n_params()}}},
             {"n_ctx", engine_.n_ctx},
+            {"n_parallel", engine_.n_parallel},
             {"threads", engine_.pool.size()},
             {"isa", name_of(engine_.isa)},
             {"kv_type", name_of(engine_.kv_type)},
@@ -292,29 +341,6 @@ class Worker {
             {"version", kVersion}};
   }
 
-  static Json done_event(const std::string& id, const CompletionRequest& request, const CompletionResult& r) {
-    return {{"event", "done"},
-            {"id", id},
-            {"content", r.content},
-            {"tokens", r.tokens},
-            {"stop_type", name_of(r.stop_type)},
-            {"stopping_word", r.stopping_word},
-            {"tokens_predicted", r.tokens.size()},
-            {"tokens_evaluated", r.n_prompt},
-            {"tokens_cached", r.n_cached},
-            {"truncated", r.truncated},
-            {"seed", request.completion.sampling.seed},
-            {"timings", timings(r)}};
-  }
-
-  static Json error_event(const std::string& id, const std::string& code, const std::string& field,
-                          const std::string& message) {
-    return {{"event", "error"},
-            {"id", id.empty() ? Json() : Json(id)},
-            {"code", code},
-            {"field", field.empty() ? Json() : Json(field)},
-            {"message", message}};
-  }
   void send(const Json& event) {
     const std::string line = event.dump(-1, ' ', false, Json::error_handler_t::replace) + "\n";
     const std::lock_guard lock(output_);
@@ -332,13 +358,14 @@ class Worker {
   }
 
   Engine& engine_;
-  Session session_;
+  Scheduler scheduler_;
+  std::map<std::string, Scheduler::Ticket> tickets_;
   Input& input_;  // the reader's thread has it
   std::mutex output_;
   std::mutex mutex_;  // guards what follows
   std::condition_variable changed_;
-  std::deque<Job> jobs_;                                            // completions
-  std::map<std::string, std::shared_ptr<std::atomic<bool>>> live_;  // requests queued or running
+  std::deque<Message> messages_;
+  std::set<std::string> live_;  // ids of completions queued or running
   bool closed_ = false;
 };
 

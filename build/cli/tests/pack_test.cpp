@@ -14,6 +14,7 @@
 
 #include "engine.h"
 #include "kernels/half.h"
+#include "prompt.h"
 #include "session.h"
 
 using namespace bitnet;

@@ -100,68 +100,6 @@ TEST_CASE("sequences in one batch do not touch each other") {
   CHECK(same_bits(std::vector<float>(logits.begin() + static_cast<std::ptrdiff_t>(n_vocab), logits.end()), alone(a)));
 }
 
-TEST_CASE("a session gives the same text with and without its cache, and stops where it should") {
-  Engine engine(options(best_isa(), 2, 128));
-  Completion request;
-  request.prompt = text_prompt(engine.tokenizer, "Once upon a time there was", true, false);
-  request.n_predict = 30;
-  request.sampling.temperature = 0.0f;
-  Session session(engine);
-  std::string pieces;
-  const auto collect = [&](std::string_view text, std::span<const TokenId>) { pieces += text; };
-  const CompletionResult first = session.complete(request, collect, {});
-  CHECK(first.tokens.size() == 30);
-  CHECK(first.stop_type == StopType::kLimit);
-  CHECK_FALSE(first.truncated);
-  CHECK(first.n_cached == 0);
-  CHECK(pieces == first.content);
-
-  const CompletionResult again = session.complete(request, {}, {});
-  CHECK(again.n_cached == request.prompt.size() - 1);
-  CHECK(again.tokens == first.tokens);
-  request.cache_prompt = false;
-  CHECK(session.complete(request, {}, {}).tokens == first.tokens);
-
-  SUBCASE("a stop string, never shown, even in part") {
-    const size_t at = first.content.find(" who");
-    REQUIRE(at != std::string::npos);
-    request.stop = {"", " who had"};
-    pieces.clear();
-    const CompletionResult r = session.complete(request, collect, {});
-    CHECK(r.stop_type == StopType::kWord);
-    CHECK(r.stopping_word == " who had");
-    CHECK(r.content == first.content.substr(0, first.content.find(" who had")));
-    CHECK(pieces == r.content);
-  }
-  SUBCASE("a cancel acts within one token") {
-    int asked = 0;
-    request.n_predict = -1;
-    const CompletionResult r = session.complete(request, collect, [&] { return ++asked > 40; });
-    CHECK(r.stop_type == StopType::kCancelled);
-    CHECK(r.tokens.size() < 40);
-  }
-  SUBCASE("a deadline that has passed leaves the prompt uncomputed") {
-    request.deadline = Clock::now();
-    const CompletionResult r = session.complete(request, collect, {});
-    CHECK(r.stop_type == StopType::kDeadline);
-    CHECK(r.tokens.empty());
-  }
-  SUBCASE("the context's end truncates") {
-    request.n_predict = -1;
-    request.ignore_eos = true;
-    const CompletionResult r = session.complete(request, {}, {});
-    CHECK(r.stop_type == StopType::kLimit);
-    CHECK(r.truncated);
-    CHECK(r.tokens.size() + r.n_prompt == engine.n_ctx);
-  }
-  SUBCASE("a prompt that fills the context is refused with both numbers") {
-    request.prompt.assign(engine.n_ctx, 5);
-    CHECK_THROWS_WITH_AS(session.complete(request, {}, {}), doctest::Contains("256 tokens"), ContextExceeded);
-    request.n_predict = 0;
-    CHECK(session.complete(request, {}, {}).tokens.empty());
-  }
-}
-
 TEST_CASE("far back: attention cut up for one token gives the bits of a batch") {
   // The demo model with a longer context in its header: beyond 256 positions the text has no sense, but every bit is
   // defined.
@@ -191,49 +129,4 @@ TEST_CASE("far back: attention cut up for one token gives the bits of a batch") 
         CHECK(same_bits(logits, expected));
       }
   std::filesystem::remove(path);
-}
-
-TEST_CASE("guessing ahead changes nothing but the number of passes") {
-  size_t accepted = 0;
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
-    if (!supported(isa)) continue;
-    Engine engine(options(isa, 2, 128));
-    for (const float temperature : {0.0f, 0.4f, 1.0f})
-      for (const float repeat_penalty : {1.0f, 1.1f})
-        for (const char* text :
-             {"Once upon a time", "The wolf ate the goat. The wolf ate the goat. The wolf ate the goat. The wolf"})
-          for (const int32_t n_predict : {1, 2, 40, -1}) {
-            Completion request;
-            request.prompt = text_prompt(engine.tokenizer, text, true, false);
-            request.n_predict = n_predict;
-            request.sampling.temperature = temperature;
-            request.sampling.repeat_penalty = repeat_penalty;
-            request.sampling.seed = 5;
-            Session session(engine);
-            const CompletionResult with = session.complete(request, {}, {});
-            request.cache_prompt = false;
-            request.speculate = false;
-            const CompletionResult without = session.complete(request, {}, {});
-            CHECK(with.tokens == without.tokens);
-            CHECK(with.content == without.content);
-            CHECK(with.stop_type == without.stop_type);
-            CHECK(with.truncated == without.truncated);
-            CHECK(without.n_drafted == 0);
-            CHECK(with.n_accepted <= with.n_drafted);
-            accepted += with.n_accepted;
-            // The cache that guesses leave behind is as good as one without.
-            Completion again = request;
-            again.prompt.insert(again.prompt.end(), with.tokens.begin(),
-                                with.tokens.begin() + static_cast<std::ptrdiff_t>(with.tokens.size() / 2));
-            if (again.prompt.size() + 8 > engine.n_ctx) continue;
-            again.n_predict = 8;
-            again.sampling.temperature = 0.0f;
-            const std::vector<TokenId> fresh = session.complete(again, {}, {}).tokens;
-            Session other(engine);
-            request.cache_prompt = again.cache_prompt = request.speculate = true;
-            other.complete(request, {}, {});
-            CHECK(other.complete(again, {}, {}).tokens == fresh);
-          }
-  }
-  CHECK(accepted > 100);
 }

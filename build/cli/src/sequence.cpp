@@ -1,0 +1,160 @@
+#include "sequence.h"
+
+#include <algorithm>
+
+namespace bitnet {
+namespace {
+
+double ms_between(Clock::time_point from, Clock::time_point to) {
+  return std::chrono::duration<double, std::milli>(to - from).count();
+}
+
+SamplingParams with_seed(SamplingParams params, size_t index) {
+  params.seed += index;
+  return params;
+}
+
+size_t max_draft(const Completion& request, const Engine& engine) {
+  if (!request.speculate || request.mask) return 0;
+  return std::min(engine.max_draft(), engine.transformer.max_batch() - 1);
+}
+
+// Bits of all tokens but these; empty when there are none.
+std::vector<uint64_t> all_but(std::span<const TokenId> tokens, size_t n_vocab) {
+  if (tokens.empty()) return {};
+  std::vector<uint64_t> bits((n_vocab + 63) / 64, ~uint64_t{0});
+  for (const TokenId token : tokens) bits[static_cast<size_t>(token) / 64] &= ~(uint64_t{1} << token % 64);
+  return bits;
+}
+
+}  // namespace
+
+std::string_view name_of(StopType type) {
+  switch (type) {
+    case StopType::kEos:
+      return "eos";
+    case StopType::kLimit:
+      return "limit";
+    case StopType::kWord:
+      return "word";
+    case StopType::kDeadline:
+      return "deadline";
+    case StopType::kCancelled:
+      break;
+  }
+  return "cancelled";
+}
+
+ContextExceeded::ContextExceeded(size_t prompt, size_t ctx)
+    : Error(ExitCode::kContextExceeded, "the prompt has " + std::to_string(prompt) + " tokens, the context holds " +
+                                            std::to_string(ctx) + " with the generated ones"),
+      n_prompt(prompt),
+      n_ctx(ctx) {}
+
+Sequence::Sequence(std::shared_ptr<const Completion> request, size_t index, size_t n_cached, const Engine& engine,
+                   CompletionObserver& observer)
+    : request_(std::move(request)),
+      index_(index),
+      engine_(engine),
+      observer_(observer),
+      limit_(request_->n_predict < 0 ? room() : std::min(room(), static_cast<size_t>(request_->n_predict))),
+      result_(not_begun(*request_, index, StopType::kLimit)),
+      history_(request_->prompt),
+      stream_(request_->stop),
+      sampler_(with_seed(request_->sampling, index)),
+      drafter_(max_draft(*request_, engine)),
+      choosable_(request_->ignore_eos ? all_but(engine.tokenizer.end_of_generation(), engine.config().n_vocab)
+                                      : std::vector<uint64_t>()),
+      allowed_(choosable_),
+      start_(Clock::now()) {
+  result_.n_cached = n_cached;
+  n_masked_ = history_.size();
+  if (request_->mask && limit_ > 0) ask_for_mask();
+}
+
+CompletionResult Sequence::not_begun(const Completion& request, size_t index, StopType type) {
+  CompletionResult result;
+  result.stop_type = type;
+  result.n_prompt = request.prompt.size();
+  result.seed = request.sampling.seed + index;
+  return result;
+}
+
+void Sequence::end_prompt() {
+  in_prompt_ = false;
+  prompt_end_ = Clock::now();
+  result_.prompt_ms = ms_between(start_, prompt_end_);
+  if (limit_ == 0) finish(StopType::kLimit);
+}
+
+std::vector<TokenId> Sequence::propose(size_t most) {
+  std::vector<TokenId> draft = drafter_.propose(history_, std::min(most, limit_ - result_.tokens.size() - 1));
+  result_.n_drafted += draft.size();
+  return draft;
+}
+
+void Sequence::ask_for_mask() {
+  mask_state_ = MaskState::kAsked;
+  observer_.on_mask(index_, std::span<const TokenId>(history_).subspan(n_masked_));
+  n_masked_ = history_.size();
+}
+
+void Sequence::answer(MaskAnswer answer) {
+  if (over_) return;  // it ended while the answer was on its way
+  if (!waits_for_mask())
+    throw RequestError("invalid_request", "index",
+                       "index: completion " + std::to_string(index_) + " needs no mask now");
+  mask_state_ = MaskState::kAnswered;
+  if (answer.stop) return finish(StopType::kEos);
+  forced_.assign(answer.forced.begin(), answer.forced.end());
+  allowed_ = choosable_;
+  if (!answer.allowed || !forced_.empty()) return;
+  if (allowed_.empty()) {
+    allowed_ = std::move(*answer.allowed);
+  } else {
+    for (size_t i = 0; i < allowed_.size(); i++) allowed_[i] &= (*answer.allowed)[i];
+  }
+  if (std::all_of(allowed_.begin(), allowed_.end(), [](uint64_t word) { return word == 0; }))
+    throw RequestError("invalid_request", "allow", "allow: no token may be drawn");
+}
+
+std::optional<TokenId> Sequence::forced() const {
+  return forced_.empty() ? std::nullopt : std::optional<TokenId>(forced_.front());
+}
+
+void Sequence::accept(TokenId token) {
+  if (!forced_.empty()) forced_.pop_front();
+  result_.tokens.push_back(token);
+  history_.push_back(token);
+  const std::span<const TokenId> end_tokens = engine_.tokenizer.end_of_generation();
+  if (std::binary_search(end_tokens.begin(), end_tokens.end(), token)) return finish(StopType::kEos);
+  if (stream_.push(engine_.tokenizer.decode(token, false))) return finish(StopType::kWord);
+  show(false);
+  if (result_.tokens.size() == limit_) return finish(StopType::kLimit);
+  if (request_->mask && forced_.empty()) ask_for_mask();
+}
+
+void Sequence::show(bool all) {
+  const std::string_view piece = stream_.take(all);
+  if (piece.empty()) return;
+  observer_.on_piece(index_, piece, std::span<const TokenId>(result_.tokens).subspan(n_shown_));
+  n_shown_ = result_.tokens.size();
+}
+
+void Sequence::finish(StopType type) {
+  over_ = true;
+  if (in_prompt_)
+    result_.prompt_ms = ms_between(start_, Clock::now());
+  else
+    result_.predicted_ms = ms_between(prompt_end_, Clock::now());
+  if (type != StopType::kWord && stream_.finish()) type = StopType::kWord;
+  result_.stop_type = type;
+  show(true);
+  result_.content = stream_.text();
+  if (type == StopType::kWord) result_.stopping_word = stream_.stopping_word();
+  result_.truncated = type == StopType::kLimit && result_.tokens.size() == room() &&
+                      (request_->n_predict < 0 || static_cast<size_t>(request_->n_predict) > room());
+  observer_.on_done(index_, result_);
+}
+
+}  // namespace bitnet
