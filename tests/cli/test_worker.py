@@ -116,7 +116,6 @@ def test_the_vocabulary_is_every_token_as_it_is_written(worker: Worker) -> None:
     (done,) = worker.ask(op="vocabulary")
     tokens = [bytes.fromhex(token) for token in done["tokens"]]
     assert len(tokens) == worker.ready["model"]["n_vocab"]
-    assert {"bos", "eot"} <= worker.ready.keys()
     assert {worker.ready["bos"], *worker.ready["eos"]} <= set(done["control"])
     assert tokens[worker.ready["eot"]] == b"<|eot_id|>"
     text = "Grüße, 🐉 and a king"

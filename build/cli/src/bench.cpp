@@ -79,10 +79,13 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
   Session session(engine);
   ReadBuffer buffer;
   session.evaluate(all.first(std::max<size_t>(options.depth, 1)));
+  while (engine.model.settle(engine.pool, kernels_for(engine.isa))) {
+  }
   // Positions differ by the token that is read: the cache's share is that of the middle of the run.
   const double cache_bytes = static_cast<double>(KvCache::bytes_per_position(engine.config(), engine.kv_type)) *
                              (static_cast<double>(options.depth) + static_cast<double>(options.predict_tokens) / 2.0);
-  const double bytes_per_token = static_cast<double>(engine.model.bytes_per_token()) + cache_bytes;
+  const double bytes_per_token =
+      static_cast<double>(engine.model.bytes_per_token(kernels_for(engine.isa))) + cache_bytes;
 
   std::vector<double> prefill, decode, bandwidth, fraction, bytes;
   for (size_t i = 0; i < options.repetitions; i++) {

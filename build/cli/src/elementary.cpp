@@ -52,6 +52,24 @@ double exponential(double x) {
   return sum * std::bit_cast<double>((static_cast<int64_t>(n) + 1023) << 52);
 }
 
+double logarithm(double x) {
+  if (x == 0.0) return -std::numeric_limits<double>::infinity();
+  if (!(x > 0.0)) return std::numeric_limits<double>::quiet_NaN();
+  if (std::isinf(x)) return x;
+  int exponent;
+  double m = std::frexp(x, &exponent);  // from ½ to below 1
+  if (m < 7.07106781186547524401e-01) {
+    m *= 2.0;
+    exponent--;
+  }
+  // ln m = 2 artanh((m − 1) / (m + 1)), a series in s² ≤ 0.03
+  const double s = (m - 1.0) / (m + 1.0), z = s * s;
+  double sum = 0.0;
+  for (int i = 23; i >= 3; i -= 2) sum = (sum + 1.0 / i) * z;
+  const double n = exponent;
+  return n * 6.93147180369123816490e-01 + (2.0 * s + (2.0 * s * sum + n * 1.90821492927058770002e-10));
+}
+
 double nth_root(double a, size_t n) {
   double x = a;  // an upper bound, from square roots; Newton then falls to the root and cannot pass it
   for (size_t power = 2; power <= n; power *= 2) x = std::sqrt(x);

@@ -16,6 +16,9 @@ SinCos sin_cos(double x);
 // eˣ within 4e-16 relative; 0 below −708, infinity above 709.
 double exponential(double x);
 
+// ln x within 4e-16 relative, for normal x > 0; −∞ for 0, NaN below.
+double logarithm(double x);
+
 // The positive n-th root of a ≥ 1, within 1e-15 relative.
 double nth_root(double a, size_t n);
 

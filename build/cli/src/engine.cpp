@@ -23,7 +23,7 @@ size_t checked_threads(const EngineOptions& options) {
 // How many completions run at a time. What does not fit is said before anything large is touched: an allocation
 // succeeds on Linux long after the memory has run out.
 size_t checked_parallel(const EngineOptions& options, const Model& model, size_t n_ctx) {
-  const size_t weights = model.memory_bytes();
+  const size_t weights = model.memory_bytes(kernels_for(options.isa));
   const size_t cache = n_ctx * KvCache::bytes_per_position(model.config(), options.kv_type);
   const size_t buffers = Transformer::buffer_bytes(model.config(), options.batch_size, n_ctx, checked_threads(options));
   const size_t n = std::max<size_t>(options.n_parallel, 1);
@@ -35,7 +35,8 @@ size_t checked_parallel(const EngineOptions& options, const Model& model, size_t
   if (needed_memory > memory)
     throw Error(ExitCode::kOutOfMemory, "not enough memory: the weights take " + mib(weights) + ", " + own + "; " +
                                             mib(memory) + " are available");
-  const size_t needed_addresses = n * cache + buffers + model.expanded_bytes();  // the file is mapped already
+  const size_t needed_addresses =
+      n * cache + buffers + model.settled_bytes(kernels_for(options.isa));  // the file is mapped already
   if (needed_addresses > addresses)
     throw Error(ExitCode::kOutOfMemory,
                 "not enough memory: " + own + "; the limit of the address space leaves " + mib(addresses));
@@ -63,8 +64,6 @@ Engine::Engine(const EngineOptions& options)
       isa(options.isa),
       n_parallel(checked_parallel(options, model, n_ctx)),
       pool(checked_threads(options)),
-      transformer(model, kernels_for(options.isa), pool, options.batch_size, n_ctx) {
-  model.expand(pool, kernels_for(options.isa));
-}
+      transformer(model, kernels_for(options.isa), pool, options.batch_size, n_ctx) {}
 
 }  // namespace bitnet

@@ -46,7 +46,7 @@ class Engine {
 
   const Config& config() const { return model.config(); }
   // Tokens that may be guessed ahead: as many as the kernels compute in little more than the time of one.
-  size_t max_draft() const { return isa == Isa::kAvx512 ? 7 : 3; }
+  size_t max_draft() const { return isa >= Isa::kAvx512 ? 7 : 3; }
 };
 
 }  // namespace bitnet

@@ -107,7 +107,7 @@ struct ModelOptions {
         ->transform(in_range<size_t>(1, 1024))
         ->capture_default_str();
     command.add_option("--isa", engine.isa, "kernels; default: the best this processor has; changes no result")
-        ->transform(one_of<Isa>({Isa::kScalar, Isa::kAvx2, Isa::kAvx512}))
+        ->transform(one_of<Isa>({std::begin(kIsas), std::end(kIsas)}))
         ->check([](const std::string& value) {
           const Isa isa = static_cast<Isa>(std::stoi(value));
           return supported(isa) ? std::string() : "this processor does not have " + std::string(name_of(isa));
@@ -362,7 +362,8 @@ struct Info {
     }
     const Model model(file);
     const Config& c = model.config();
-    std::printf("\nparameters %zu, weights read for a token %zu bytes\n", model.n_params(), model.bytes_per_token());
+    std::printf("\nparameters %zu, weights read for a token %zu bytes\n", model.n_params(),
+                model.bytes_per_token(kernels_for(best_isa())));
     for (const CacheType type : {CacheType::kF16, CacheType::kF32})
       std::printf("KV cache (%s) %zu bytes a position, %zu for %zu\n", std::string(name_of(type)).c_str(),
                   KvCache::bytes_per_position(c, type), c.n_ctx * KvCache::bytes_per_position(c, type), c.n_ctx);

@@ -49,6 +49,16 @@ const float* vector(const GgufFile& file, const std::string& name, size_t n) {
   return reinterpret_cast<const float*>(tensor->bytes.data());
 }
 
+constexpr size_t kMatricesPerLayer = 7;
+
+bool keeps_trits(const Kernels& kernels) { return kernels.trits_by_vector != nullptr; }
+
+size_t settled_bytes_of(const TernaryMatrix& m, const Kernels& kernels) {
+  return keeps_trits(kernels) ? m.bytes() : m.rows * m.cols / 4;
+}
+
+bool is_split(const FloatRows& w) { return w.type == RowType::kSplit8 || w.type == RowType::kSplit6; }
+
 TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor* tensor = find(file, name, {cols, rows});
   if (tensor->type != TensorType::kI2_S && tensor->type != TensorType::kTrits)
@@ -57,9 +67,9 @@ TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows
     invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) + " weights, not a multiple of " +
                       std::to_string(kTernaryBlock));
   const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor->bytes.data());
-  const bool packed = tensor->type == TensorType::kTrits;
-  TernaryMatrix matrix{packed ? nullptr : data, packed ? data : nullptr, rows, cols, 0.0f};
-  std::memcpy(&matrix.scale, data + (packed ? matrix.packed_bytes() : matrix.bytes()), sizeof(float));
+  const TernaryType type = tensor->type == TensorType::kTrits ? TernaryType::kTrits : TernaryType::kCodes;
+  TernaryMatrix matrix{type, data, rows, cols, 0.0f};
+  std::memcpy(&matrix.scale, data + matrix.bytes(), sizeof(float));
   if (!std::isfinite(matrix.scale)) invalid(file, "tensor " + name + " has a scale that is not finite");
   return matrix;
 }
@@ -203,78 +213,106 @@ size_t Model::n_params() const {
   return c.n_layers * (attention + ffn + norms) + c.dim + embeddings;
 }
 
+TernaryMatrix& Model::ternary_matrix(size_t i) {
+  Layer& l = layers_[i / kMatricesPerLayer];
+  TernaryMatrix* const matrices[kMatricesPerLayer] = {&l.q, &l.k, &l.v, &l.attn_output, &l.gate, &l.up, &l.down};
+  return *matrices[i % kMatricesPerLayer];
+}
+
 template <class F>
 void Model::for_each_matrix(F&& f) const {
-  for (const Layer& layer : layers_)
-    for (const TernaryMatrix* m :
-         {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
-      f(*m);
+  for (const Layer& l : layers_)
+    for (const TernaryMatrix* m : {&l.q, &l.k, &l.v, &l.attn_output, &l.gate, &l.up, &l.down}) f(*m);
 }
 
 Model::~Model() {
-  if (expanded_) munmap(expanded_, expanded_bytes());
+  if (settled_) munmap(settled_, settled_size_);
 }
 
-void Model::expand(ThreadPool& pool, const Kernels& kernels) {
-  if (expanded_bytes() == 0) return;
-  expanded_ = mmap(nullptr, expanded_bytes(), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-  if (expanded_ == MAP_FAILED) {
-    expanded_ = nullptr;
-    throw Error(ExitCode::kOutOfMemory,
-                "not enough memory: the expanded weights take " + std::to_string(expanded_bytes() >> 20) + " MiB");
+bool Model::settle(ThreadPool& pool, const Kernels& kernels) {
+  constexpr size_t kBytesPerCall = size_t{16} << 20;  // some milliseconds
+  if (settling_ == Settling::kNotBegun) {
+    settled_size_ = settled_bytes(kernels);
+    void* memory = settled_size_ == 0 ? MAP_FAILED
+                                      : mmap(nullptr, settled_size_, PROT_READ | PROT_WRITE,
+                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    settling_ = memory == MAP_FAILED ? Settling::kDone : Settling::kTernary;
+    if (memory != MAP_FAILED) {
+      settled_ = static_cast<uint8_t*>(memory);
+      madvise(settled_, settled_size_, MADV_HUGEPAGE);
+    }
   }
-  madvise(expanded_, expanded_bytes(), MADV_HUGEPAGE);
-  struct Piece {
-    const TernaryMatrix* matrix;
-    uint8_t* codes;
-    size_t first_row, n_rows;
-  };
-  constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
-  std::vector<Piece> pieces;
-  uint8_t* next = static_cast<uint8_t*>(expanded_);
-  for (Layer& layer : layers_)
-    for (TernaryMatrix* m : {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down}) {
-      if (!m->packed) continue;
-      m->codes = next;
-      for (size_t r = 0; r < m->rows; r += kRowsPerPiece)
-        pieces.push_back({m, next, r, std::min(kRowsPerPiece, m->rows - r)});
-      next += m->bytes();
-    }
-  pool.for_each(pieces.size(), [&](size_t i, size_t) {
-    const TernaryMatrix& m = *pieces[i].matrix;
-    const size_t row_bytes = m.cols / 4, packed_row_bytes = m.row_units() * TernaryMatrix::kPackedUnit;
-    const size_t whole_units = row_bytes / TernaryMatrix::kCodeUnit, rest = row_bytes % TernaryMatrix::kCodeUnit;
-    const uint8_t* packed = m.packed + pieces[i].first_row * packed_row_bytes;
-    uint8_t* codes = pieces[i].codes + pieces[i].first_row * row_bytes;
-    for (size_t r = 0; r < pieces[i].n_rows; r++) {
-      kernels.expand_trits(packed + r * packed_row_bytes, whole_units, codes + r * row_bytes);
-      if (rest == 0) continue;
-      uint8_t last[TernaryMatrix::kCodeUnit];
-      kernels.expand_trits(packed + r * packed_row_bytes + whole_units * TernaryMatrix::kPackedUnit, 1, last);
-      std::memcpy(codes + r * row_bytes + whole_units * TernaryMatrix::kCodeUnit, last, rest);
-    }
-    give_back(packed, pieces[i].n_rows * packed_row_bytes);
-  });
+  const size_t end = n_settled_ + kBytesPerCall;
+  for (; settling_ == Settling::kTernary && n_settled_ < end; next_matrix_++) {
+    if (next_matrix_ == config_.n_layers * kMatricesPerLayer)
+      settling_ = is_split(output_) ? Settling::kOutput : Settling::kDone;
+    else if (TernaryMatrix& m = ternary_matrix(next_matrix_); m.type == TernaryType::kTrits)
+      settle_ternary(m, pool, kernels);
+  }
+  if (settling_ == Settling::kOutput && n_settled_ < end)
+    settle_output(std::min(output_.rows - next_row_, (end - n_settled_) / row_bytes(output_.type, output_.cols) + 1),
+                  pool);
+  return settling_ != Settling::kDone;
 }
 
-size_t Model::expanded_bytes() const {
-  size_t bytes = 0;
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += m.packed ? m.bytes() : 0; });
+void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
+  constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
+  const bool keep = keeps_trits(kernels);
+  TernaryMatrix there = m;
+  there.type = keep ? TernaryType::kTrits : TernaryType::kCodes;
+  there.data = settled_ + n_settled_;
+  pool.for_each((m.rows + kRowsPerPiece - 1) / kRowsPerPiece, [&](size_t piece, size_t) {
+    const size_t first = piece * kRowsPerPiece;
+    const TernaryRows rows = m.all().slice(first, std::min(kRowsPerPiece, m.rows - first));
+    uint8_t* to = settled_ + n_settled_ + first * there.all().row_bytes();
+    if (keep)
+      std::memcpy(to, rows.data, rows.rows * rows.row_bytes());
+    else
+      expand_rows(kernels.expand_trits, rows, to);
+    give_back(rows.data, rows.rows * rows.row_bytes());
+  });
+  n_settled_ += there.bytes();
+  m = there;
+}
+
+void Model::settle_output(size_t n_rows, ThreadPool& pool) {
+  constexpr size_t kRowsPerPiece = 128;
+  const size_t bytes = row_bytes(output_.type, output_.cols);
+  pool.for_each((n_rows + kRowsPerPiece - 1) / kRowsPerPiece, [&](size_t piece, size_t) {
+    const size_t first = piece * kRowsPerPiece;
+    const FloatRows rows = output_.slice(next_row_ + first, std::min(kRowsPerPiece, n_rows - first));
+    std::memcpy(settled_ + n_settled_ + first * bytes, rows.data, rows.rows * bytes);
+    give_back(rows.data, rows.rows * bytes);
+  });
+  n_settled_ += n_rows * bytes;
+  next_row_ += n_rows;
+  if (next_row_ < output_.rows) return;
+  const uint8_t* there = settled_ + n_settled_ - output_.rows * bytes;
+  if (token_embedding_.data == output_.data) token_embedding_.data = there;
+  output_.data = there;
+  settling_ = Settling::kDone;
+}
+
+size_t Model::settled_bytes(const Kernels& kernels) const {
+  size_t bytes = is_split(output_) ? output_.rows * row_bytes(output_.type, output_.cols) : 0;
+  for_each_matrix([&](const TernaryMatrix& m) {
+    if (m.type == TernaryType::kTrits) bytes += settled_bytes_of(m, kernels);
+  });
   return bytes;
 }
 
-size_t Model::bytes_per_token() const {
+size_t Model::bytes_per_token(const Kernels& kernels) const {
   const size_t norms = config_.dim + config_.n_layers * (2 * config_.dim + config_.q_dim() + config_.ffn_dim);
   size_t bytes = output_.rows * row_bytes(output_.type, output_.cols) + norms * sizeof(float);
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += m.bytes(); });
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += settled_bytes_of(m, kernels); });
   return bytes;
 }
 
-size_t Model::memory_bytes() const {
+size_t Model::memory_bytes(const Kernels& kernels) const {
   const auto plane_bytes = [](const FloatRows& w) {
     return w.rows * (row_bytes(w.type, w.cols) + low_row_bytes(w.type, w.cols));
   };
-  size_t bytes = bytes_per_token() + output_.rows * low_row_bytes(output_.type, output_.cols);
+  size_t bytes = bytes_per_token(kernels) + output_.rows * low_row_bytes(output_.type, output_.cols);
   if (output_.data != token_embedding_.data) bytes += plane_bytes(token_embedding_);
   return bytes;
 }

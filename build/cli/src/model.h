@@ -32,19 +32,14 @@ struct Config {
 };
 
 struct TernaryMatrix {
-  const uint8_t* codes;   // (rows, cols / 4), I2_S; nullptr in a packed file until it is expanded
-  const uint8_t* packed;  // five trits in a byte, or nullptr
+  TernaryType type;
+  const uint8_t* data;
   size_t rows;
   size_t cols;
   float scale;
 
-  TernaryRows slice(size_t first, size_t count) const { return {codes + first * (cols / 4), count, cols}; }
-  size_t bytes() const { return rows * cols / 4; }  // of the codes
-  // A packed row is a whole number of units; the last one may stand for fewer blocks.
-  size_t row_units() const { return (cols / 4 + kCodeUnit - 1) / kCodeUnit; }
-  size_t packed_bytes() const { return rows * row_units() * kPackedUnit; }
-
-  static constexpr size_t kCodeUnit = 160, kPackedUnit = 128;  // bytes that belong together
+  TernaryRows all() const { return {type, data, rows, cols}; }
+  size_t bytes() const { return rows * all().row_bytes(); }
 };
 
 struct Layer {
@@ -67,9 +62,11 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
-  // Writes the ternary weights of a packed file into memory as 2-bit codes and gives the file's pages back to the
-  // system; nothing for other files. Must be done before anything is computed. Error(kOutOfMemory).
-  void expand(ThreadPool& pool, const Kernels& kernels);
+  // The weights of a packed file begin in the file's small pages, through which memory is read a fifth slower. Each
+  // call moves some megabytes of what a token reads into large pages, ternary weights as codes unless the kernels
+  // compute from trits, and gives the file's pages back; false when all is done. To be called between passes, so that
+  // the first token need not wait for it. Weights stay where they are in other files, and where there is no memory.
+  bool settle(ThreadPool& pool, const Kernels& kernels);
 
   const Config& config() const { return config_; }
   const FloatRows& token_embedding() const { return token_embedding_; }  // (n_vocab, dim)
@@ -80,22 +77,29 @@ class Model {
   const std::vector<float>& rope_frequencies() const { return rope_frequencies_; }
 
   size_t n_params() const;
-  // Weights read to compute one token (embedding row not counted): ternary codes, norms and the output matrix, of a
-  // split one the upper plane.
-  size_t bytes_per_token() const;
-  size_t memory_bytes() const;    // all weights, in memory or in the map
-  size_t expanded_bytes() const;  // what expand() allocates
+  // Weights read to compute one token (embedding row not counted), once they have settled: ternary weights, norms and
+  // the output matrix, of a split one the upper plane.
+  size_t bytes_per_token(const Kernels& kernels) const;
+  size_t memory_bytes(const Kernels& kernels) const;   // all weights, once they have settled
+  size_t settled_bytes(const Kernels& kernels) const;  // of them, what settle() moves
 
  private:
   Config config_;
+  TernaryMatrix& ternary_matrix(size_t i);  // in the order of use
   template <class F>
   void for_each_matrix(F&& f) const;
+  void settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels);
+  void settle_output(size_t n_rows, ThreadPool& pool);
 
   FloatRows token_embedding_, output_;
   const float* output_norm_;
   std::vector<Layer> layers_;
   std::vector<float> rope_frequencies_;
-  void* expanded_ = nullptr;
+  enum class Settling { kNotBegun, kTernary, kOutput, kDone };
+  Settling settling_ = Settling::kNotBegun;
+  uint8_t* settled_ = nullptr;               // settled_size_ bytes
+  size_t settled_size_ = 0, n_settled_ = 0;  // of them, n_settled_ are filled
+  size_t next_matrix_ = 0, next_row_ = 0;    // the ternary matrix, or the row of the output matrix, that is moved next
 };
 
 }  // namespace bitnet

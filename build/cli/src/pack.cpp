@@ -47,13 +47,17 @@ uint8_t base3(uint8_t codes) {
   return static_cast<uint8_t>((codes >> 6) * 27 + (codes >> 4 & 3) * 9 + (codes >> 2 & 3) * 3 + (codes & 3));
 }
 
+size_t trit_bytes(const TernaryMatrix& w) {
+  return w.rows * TernaryRows{TernaryType::kTrits, nullptr, w.rows, w.cols}.row_bytes();
+}
+
 Bytes pack_ternary(const GgufFile& file, const std::string& name, const TernaryMatrix& w) {
-  Bytes out(w.packed_bytes() + kTailBytes, 0);
+  Bytes out(trit_bytes(w) + kTailBytes, 0);
   uint8_t* packed = out.data();
   for (size_t r = 0; r < w.rows; r++)
-    for (size_t done = 0; done < w.cols / 4; done += TernaryMatrix::kCodeUnit, packed += TernaryMatrix::kPackedUnit) {
-      uint8_t codes[TernaryMatrix::kCodeUnit] = {};
-      std::memcpy(codes, w.codes + r * (w.cols / 4) + done, std::min(sizeof codes, w.cols / 4 - done));
+    for (size_t done = 0; done < w.cols / 4; done += kCodeUnit, packed += kTritUnit) {
+      uint8_t codes[kCodeUnit] = {};
+      std::memcpy(codes, w.data + r * (w.cols / 4) + done, std::min(sizeof codes, w.cols / 4 - done));
       for (const uint8_t byte : codes)
         if ((byte & byte >> 1 & 0x55) != 0)
           throw Error(ExitCode::kInvalidModel,
@@ -151,7 +155,7 @@ std::vector<OutputTensor> packed_tensors(const GgufFile& file, const Model& mode
         {name + kLowPlaneSuffix, bits == 8 ? TensorType::kLow4 : TensorType::kLow2, shape, std::move(planes.low)});
   };
   const auto add_ternary = [&](const std::string& name, const TernaryMatrix& w) {
-    if (w.packed_bytes() >= w.bytes()) return copy(name);  // short rows, that do not fill a unit
+    if (trit_bytes(w) >= w.bytes()) return copy(name);  // short rows, that do not fill a unit
     out.push_back({name, TensorType::kTrits, {w.cols, w.rows}, pack_ternary(file, name, w)});
   };
   add_split("token_embd.weight", model.token_embedding());

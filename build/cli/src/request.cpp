@@ -1,5 +1,6 @@
 #include "request.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <nlohmann/json.hpp>
@@ -16,6 +17,10 @@ constexpr size_t kMaxIdBytes = 128;
 constexpr size_t kMaxStopStrings = 64;
 constexpr size_t kMaxStopBytes = 4096;
 constexpr int64_t kMaxCompletions = 16;
+constexpr int64_t kMaxProbs = 100;
+constexpr size_t kMaxBiases = 1024;
+constexpr double kMaxBias = 1e6;
+constexpr size_t kMaxBreakerBytes = 40;  // llama.cpp's
 constexpr int64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr std::string_view kBase64 = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 constexpr int64_t kMaxTimeoutMs = 86'400'000;
@@ -120,6 +125,100 @@ std::vector<PromptPart> parts(const Json& prompt, size_t vocab_size) {
   return parts;
 }
 
+std::vector<std::string> strings(Fields& fields, const std::string& name, size_t most, size_t most_bytes,
+                                 std::vector<std::string> fallback) {
+  const Json* value = fields.find(name);
+  if (!value) return fallback;
+  if (!value->is_array() || value->size() > most)
+    refuse(name, "must be an array of at most " + std::to_string(most) + " strings, got " +
+                     (value->is_array() ? std::to_string(value->size()) + " elements" : shown(*value)));
+  std::vector<std::string> strings;
+  for (const Json& element : *value) {
+    if (!element.is_string()) refuse(name, "must be an array of strings, got " + shown(element));
+    strings.push_back(element.get<std::string>());
+    if (strings.back().size() > most_bytes)
+      refuse(name, "a string has at most " + std::to_string(most_bytes) + " bytes, got " +
+                       std::to_string(strings.back().size()));
+  }
+  return strings;
+}
+
+std::vector<SamplerStage> samplers(Fields& fields, std::vector<SamplerStage> all) {
+  const Json* value = fields.find("samplers");
+  if (!value) return all;
+  std::string names;
+  for (const SamplerStage stage : all) names += (names.empty() ? "" : ", ") + std::string(name_of(stage));
+  if (!value->is_array()) refuse("samplers", "must be an array of names, got " + shown(*value));
+  std::vector<SamplerStage> stages;
+  for (const Json& name : *value) {
+    const auto known = std::find_if(all.begin(), all.end(), [&](SamplerStage stage) {
+      return name.is_string() && name.get_ref<const std::string&>() == name_of(stage);
+    });
+    if (known == all.end()) refuse("samplers", "must be some of " + names + ", each at most once");
+    stages.push_back(*known);
+    all.erase(known);
+  }
+  return stages;
+}
+
+void read_logit_bias(Fields& fields, size_t vocab_size, Completion& c) {
+  const Json* value = fields.find("logit_bias");
+  if (!value) return;
+  if (!value->is_array() || value->size() > kMaxBiases)
+    refuse("logit_bias", "must be an array of at most " + std::to_string(kMaxBiases) + " pairs, got " +
+                             (value->is_array() ? std::to_string(value->size()) + " elements" : shown(*value)));
+  for (const Json& pair : *value) {
+    if (!pair.is_array() || pair.size() != 2)
+      refuse("logit_bias", "must be an array of pairs of a token id and a number or false, got " + shown(pair));
+    const TokenId token = Fields::token("logit_bias", pair[0], vocab_size);
+    if (pair[1].is_boolean() && !pair[1].get<bool>()) {
+      c.banned.push_back(token);
+      continue;
+    }
+    const double bias = pair[1].is_number() ? pair[1].get<double>() : std::nan("");
+    if (!(std::fabs(bias) <= kMaxBias))
+      refuse("logit_bias", "a bias is a number from " + Json(-kMaxBias).dump() + " to " + Json(kMaxBias).dump() +
+                               ", or false, got " + shown(pair[1]));
+    c.sampling.logit_bias.push_back({token, static_cast<float>(bias)});
+  }
+}
+
+void read_sampling(Fields& fields, const Tokenizer& tokenizer, Completion& c) {
+  SamplingParams& s = c.sampling;
+  const auto count = [&](const char* name, int32_t& value, int64_t least) {
+    value = static_cast<int32_t>(fields.integer(name, value, least, kMaxInt32));
+  };
+  s.samplers = samplers(fields, s.samplers);
+  read_logit_bias(fields, tokenizer.vocab_size(), c);
+  s.temperature = fields.number("temperature", s.temperature, 0.0, 100.0);
+  s.dynatemp_range = fields.number("dynatemp_range", s.dynatemp_range, 0.0, 100.0);
+  s.dynatemp_exponent = fields.number("dynatemp_exponent", s.dynatemp_exponent, 0.0, 100.0);
+  count("top_k", s.top_k, 0);
+  s.top_p = fields.number("top_p", s.top_p, 0.0, 1.0, false);
+  s.min_p = fields.number("min_p", s.min_p, 0.0, 1.0);
+  s.typical_p = fields.number("typical_p", s.typical_p, 0.0, 1.0, false);
+  s.top_n_sigma = fields.number("top_n_sigma", s.top_n_sigma, -1.0, 100.0);
+  count("min_keep", s.min_keep, 0);
+  s.xtc_probability = fields.number("xtc_probability", s.xtc_probability, 0.0, 1.0);
+  s.xtc_threshold = fields.number("xtc_threshold", s.xtc_threshold, 0.0, 1.0);
+  s.repeat_penalty = fields.number("repeat_penalty", s.repeat_penalty, 0.0, 100.0, false);
+  count("repeat_last_n", s.repeat_last_n, -1);
+  s.presence_penalty = fields.number("presence_penalty", s.presence_penalty, -100.0, 100.0);
+  s.frequency_penalty = fields.number("frequency_penalty", s.frequency_penalty, -100.0, 100.0);
+  s.dry_multiplier = fields.number("dry_multiplier", s.dry_multiplier, 0.0, 100.0);
+  s.dry_base = fields.number("dry_base", s.dry_base, 1.0, 100.0);
+  count("dry_allowed_length", s.dry_allowed_length, 0);
+  count("dry_penalty_last_n", s.dry_penalty_last_n, -1);
+  const std::vector<std::string> breakers =
+      strings(fields, "dry_sequence_breakers", kMaxStopStrings, kMaxBreakerBytes, {"\n", ":", "\"", "*"});
+  if (s.dry_multiplier > 0.0f) s.dry_breakers = std::make_shared<const DryBreakers>(dry_breakers(tokenizer, breakers));
+  s.mirostat = static_cast<int32_t>(fields.integer("mirostat", s.mirostat, 0, 2));
+  s.mirostat_tau = fields.number("mirostat_tau", s.mirostat_tau, 0.0, 100.0);
+  s.mirostat_eta = fields.number("mirostat_eta", s.mirostat_eta, 0.0, 100.0);
+  const int64_t seed = fields.integer("seed", -1, -1, std::numeric_limits<int64_t>::max());
+  s.seed = seed < 0 ? random_seed() : static_cast<uint64_t>(seed);
+}
+
 CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::time_point received) {
   CompletionRequest request;
   Completion& c = request.completion;
@@ -137,34 +236,18 @@ CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::
   if (request.chat && !request.text) refuse("chat", "needs a prompt that is a string");
   request.stream = fields.boolean("stream", false);
   c.n_predict = static_cast<int32_t>(fields.integer("n_predict", 128, -1, kMaxInt32));
-  SamplingParams& s = c.sampling;
-  s.temperature = fields.number("temperature", s.temperature, 0.0, 100.0);
-  s.top_k = static_cast<int32_t>(fields.integer("top_k", s.top_k, 0, kMaxInt32));
-  s.top_p = fields.number("top_p", s.top_p, 0.0, 1.0, false);
-  s.min_p = fields.number("min_p", s.min_p, 0.0, 1.0);
-  s.repeat_penalty = fields.number("repeat_penalty", s.repeat_penalty, 0.0, 100.0, false);
-  s.repeat_last_n = static_cast<int32_t>(fields.integer("repeat_last_n", s.repeat_last_n, -1, kMaxInt32));
-  s.presence_penalty = fields.number("presence_penalty", s.presence_penalty, -100.0, 100.0);
-  s.frequency_penalty = fields.number("frequency_penalty", s.frequency_penalty, -100.0, 100.0);
-  const int64_t seed = fields.integer("seed", -1, -1, std::numeric_limits<int64_t>::max());
-  s.seed = seed < 0 ? random_seed() : static_cast<uint64_t>(seed);
+  c.max_predict = std::chrono::milliseconds(std::max<int64_t>(fields.integer("t_max_predict_ms", 0, -1, kMaxInt32), 0));
+  c.logprobs = fields.boolean("logprobs", false);
+  c.n_probs = static_cast<size_t>(fields.integer("n_probs", 0, 0, kMaxProbs));
+  c.post_sampling_probs = fields.boolean("post_sampling_probs", false);
+  c.prompt_logprobs = fields.boolean("prompt_logprobs", false);
+  read_sampling(fields, tokenizer, c);
   c.ignore_eos = fields.boolean("ignore_eos", false);
   c.cache_prompt = fields.boolean("cache_prompt", true);
   c.speculate = fields.boolean("speculate", true);
   c.n = static_cast<size_t>(fields.integer("n", 1, 1, kMaxCompletions));
   c.mask = fields.boolean("mask", false);
-  if (const Json* stop = fields.find("stop")) {
-    if (!stop->is_array() || stop->size() > kMaxStopStrings)
-      refuse("stop", "must be an array of at most " + std::to_string(kMaxStopStrings) + " strings, got " +
-                         (stop->is_array() ? std::to_string(stop->size()) + " elements" : shown(*stop)));
-    for (const Json& word : *stop) {
-      if (!word.is_string()) refuse("stop", "must be an array of strings, got " + shown(word));
-      c.stop.push_back(word.get<std::string>());
-      if (c.stop.back().size() > kMaxStopBytes)
-        refuse("stop", "a stop string has at most " + std::to_string(kMaxStopBytes) + " bytes, got " +
-                           std::to_string(c.stop.back().size()));
-    }
-  }
+  c.stop = strings(fields, "stop", kMaxStopStrings, kMaxStopBytes, {});
   if (const int64_t timeout = fields.integer("timeout_ms", 0, 1, kMaxTimeoutMs); timeout > 0)
     c.deadline = received + std::chrono::milliseconds(timeout);
   return request;

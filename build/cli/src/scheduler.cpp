@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <limits>
 
 namespace bitnet {
 namespace {
@@ -20,11 +19,12 @@ Scheduler::Scheduler(Engine& engine) : engine_(engine), logits_(engine.config().
   for (size_t i = 0; i < engine.n_parallel; i++) slots_.push_back(std::make_unique<Slot>(engine));
 }
 
-Scheduler::Ticket Scheduler::submit(Completion request, std::shared_ptr<CompletionObserver> observer) {
-  if (request.prompt.size() + (request.n_predict == 0 ? 0 : 1) > engine_.n_ctx)
-    throw ContextExceeded(request.prompt.size(), engine_.n_ctx);
+Scheduler::Ticket Scheduler::submit(std::shared_ptr<const Completion> request,
+                                    std::shared_ptr<CompletionObserver> observer) {
+  if (request->prompt.size() + (request->n_predict == 0 ? 0 : 1) > engine_.n_ctx)
+    throw ContextExceeded(request->prompt.size(), engine_.n_ctx);
   const Ticket ticket = ++last_ticket_;
-  requests_[ticket] = {std::make_shared<const Completion>(std::move(request)), std::move(observer)};
+  requests_[ticket] = {std::move(request), std::move(observer)};
   return ticket;
 }
 
@@ -157,10 +157,11 @@ void Scheduler::begin(Ticket ticket, Request& request) {
 // A free slot, with as much of the prompt in its cache as any slot has, but for the last token: its logits are needed.
 Scheduler::Slot& Scheduler::take_slot(Ticket ticket, const Completion& completion) {
   const std::span<const TokenId> prompt(completion.prompt);
+  const bool reuse = completion.cache_prompt && !completion.prompt_logprobs;  // which need all outputs
   Slot* donor = nullptr;
   size_t n_shared = 0;
   for (const auto& slot : slots_) {
-    if (!completion.cache_prompt && slot->ticket != ticket) continue;
+    if (!reuse && slot->ticket != ticket) continue;
     const size_t n = std::min(shared_prefix(slot->tokens, prompt), prompt.size() - 1);
     if (n > n_shared) {
       donor = slot.get();
@@ -190,10 +191,13 @@ void Scheduler::draw(Slot& slot) {
   while (!sequence.over() && !sequence.waits_for_mask()) {
     const bool has_output = slot.n_used < slot.n_outputs;
     const std::optional<TokenId> forced = sequence.forced();
-    if (!forced && !has_output) break;
-    const TokenId token = forced ? *forced : next_token(sequence, slot.first_output + slot.n_used);
-    sequence.accept(token);
+    if (!has_output && (!forced || sequence.request().wants_probabilities())) break;
+    if (has_output)
+      draw_one(sequence, slot.first_output + slot.n_used);
+    else
+      sequence.accept(*forced);
     if (!has_output) continue;
+    const TokenId token = sequence.history().back();
     if (!sequence.over() && slot.n_used < slot.draft.size() && slot.draft[slot.n_used] == token) {
       slot.n_used++;
       sequence.guessed_right();
@@ -206,16 +210,35 @@ void Scheduler::draw(Slot& slot) {
   }
 }
 
-TokenId Scheduler::next_token(Sequence& sequence, size_t which) {
+// The next token of a sequence, from one of the transformer's outputs.
+void Scheduler::draw_one(Sequence& sequence, size_t which) {
+  const Completion& request = sequence.request();
+  const bool tells = request.wants_probabilities(), tells_model = tells && !request.post_sampling_probs;
+  const std::optional<TokenId> forced = sequence.forced();
   Sampler& sampler = sequence.sampler();
-  const std::span<const uint64_t> allowed = sequence.allowed();
-  if (const size_t wanted = sampler.candidates_wanted(); wanted > 0)
-    return sampler.sample(engine_.transformer.best(which, wanted, allowed));
-  engine_.transformer.logits(logits_.data(), which);
-  if (!allowed.empty())
-    for (size_t t = 0; t < logits_.size(); t++)
-      if ((allowed[t / 64] >> t % 64 & 1) == 0) logits_[t] = -std::numeric_limits<float>::infinity();
-  return sampler.sample(std::span(logits_), sequence.history());
+  const size_t wanted = sampler.prepare(sequence.history());
+  const bool needs_all = tells_model || (!forced && wanted == 0);
+  if (needs_all) engine_.transformer.logits(logits_.data(), which);
+  TokenId token;
+  if (forced) {
+    token = *forced;
+  } else {
+    const std::span<const uint64_t> allowed = sequence.allowed();
+    std::vector<Candidate> candidates =
+        needs_all ? candidates_of(logits_, allowed) : engine_.transformer.best(which, wanted, allowed);
+    if (candidates.empty()) throw RequestError("invalid_request", "logit_bias", "logit_bias: no token may be drawn");
+    token = sampler.sample(std::move(candidates));
+  }
+  if (!tells) return sequence.accept(token);
+  if (tells_model) return sequence.accept(token, log_probability(logits_, token, request.n_probs));
+  if (forced) return sequence.accept(token, TokenProbability{{token, 1.0}, {}});
+  TokenProbability probability{{token, 0.0}, {}};
+  for (size_t i = 0; i < sampler.candidates().size(); i++) {
+    const TokenProbability::Entry entry{sampler.candidates()[i].token, sampler.probabilities()[i]};
+    if (entry.token == token) probability.chosen = entry;
+    if (i < request.n_probs) probability.best.push_back(entry);
+  }
+  sequence.accept(token, std::move(probability));
 }
 
 // Which slots take part in the next batch, and with what. Everybody gets one token, in turn where there is no room for
@@ -259,8 +282,9 @@ void Scheduler::compute(const std::vector<Slot*>& slots, const std::function<voi
   for (const auto& slot : slots_) slot->n_outputs = slot->n_used = 0;
   for (Slot* slot : slots) {
     const std::span<const TokenId> history = slot->sequence->history();
+    const bool tells = slot->sequence->tells_prompt();
     const auto add = [&](TokenId token, size_t position) {
-      batch.push_back({token, static_cast<uint32_t>(position), &slot->cache, position + 1 >= history.size()});
+      batch.push_back({token, static_cast<uint32_t>(position), &slot->cache, tells || position + 1 >= history.size()});
     };
     const size_t first = slot->tokens.size();
     for (size_t i = 0; i < slot->n_next; i++) add(history[first + i], first + i);
@@ -275,6 +299,10 @@ void Scheduler::compute(const std::vector<Slot*>& slots, const std::function<voi
   size_t n_outputs = 0;
   for (Slot* slot : slots) {
     const std::span<const TokenId> computed = slot->sequence->history().subspan(slot->tokens.size(), slot->n_next);
+    if (slot->sequence->tells_prompt()) {
+      guarded(slot->ticket, [&] { tell_prompt(*slot, n_outputs, abandoned); });
+      n_outputs += slot->n_next - (computed.size() == slot->n_pending() ? 1 : 0);
+    }
     slot->tokens.insert(slot->tokens.end(), computed.begin(), computed.end());
     if (slot->n_pending() > 0) continue;
     slot->tokens.insert(slot->tokens.end(), slot->draft.begin(), slot->draft.end());
@@ -287,6 +315,17 @@ void Scheduler::compute(const std::vector<Slot*>& slots, const std::function<voi
   }
 }
 
+// How probable the model found the prompt's tokens that follow those of the batch.
+void Scheduler::tell_prompt(Slot& slot, size_t first_output, const std::function<bool()>& abandoned) {
+  Sequence& sequence = *slot.sequence;
+  const std::span<const TokenId> next = sequence.history().subspan(slot.tokens.size() + 1);
+  for (size_t i = 0; i < std::min(slot.n_next, next.size()); i++) {
+    if (abandoned() || sequence.over()) return;
+    engine_.transformer.logits(logits_.data(), first_output + i);
+    sequence.add_prompt_probability(log_probability(logits_, next[i], sequence.request().n_probs));
+  }
+}
+
 namespace {
 
 class Collector : public CompletionObserver {
@@ -294,7 +333,8 @@ class Collector : public CompletionObserver {
   using OnPiece = std::function<void(std::string_view text, std::span<const TokenId> tokens)>;
 
   Collector(size_t n, const OnPiece& on_piece) : results(n), on_piece_(on_piece) {}
-  void on_piece(size_t, std::string_view text, std::span<const TokenId> tokens) override {
+  void on_piece(size_t, std::string_view text, std::span<const TokenId> tokens,
+                std::span<const TokenProbability>) override {
     if (on_piece_) on_piece_(text, tokens);
   }
   void on_mask(size_t, std::span<const TokenId>) override {}
@@ -314,7 +354,7 @@ std::vector<CompletionResult> complete(
     Scheduler& scheduler, const Completion& request,
     const std::function<void(std::string_view text, std::span<const TokenId> tokens)>& on_piece) {
   const auto collector = std::make_shared<Collector>(request.n, on_piece);
-  scheduler.submit(request, collector);
+  scheduler.submit(std::make_shared<const Completion>(request), collector);
   while (!scheduler.idle()) scheduler.step();
   if (collector->error) std::rethrow_exception(collector->error);
   return std::move(collector->results);

@@ -25,7 +25,7 @@ class Scheduler {
   using Ticket = uint64_t;
 
   // Queues a request; `observer` is kept until it is over. Throws ContextExceeded.
-  Ticket submit(Completion request, std::shared_ptr<CompletionObserver> observer);
+  Ticket submit(std::shared_ptr<const Completion> request, std::shared_ptr<CompletionObserver> observer);
 
   // Of a request that may be over already: then nothing happens.
   void cancel(Ticket ticket);
@@ -77,7 +77,8 @@ class Scheduler {
   void begin(Ticket ticket, Request& request);
   Slot& take_slot(Ticket ticket, const Completion& completion);
   void draw(Slot& slot);
-  TokenId next_token(Sequence& sequence, size_t which);
+  void draw_one(Sequence& sequence, size_t which);
+  void tell_prompt(Slot& slot, size_t first_output, const std::function<bool()>& abandoned);
   std::vector<Slot*> plan();
   void compute(const std::vector<Slot*>& slots, const std::function<void()>& poll);
   template <class F>

@@ -19,6 +19,13 @@ size_t max_draft(const Completion& request, const Engine& engine) {
   return std::min(engine.max_draft(), engine.transformer.max_batch() - 1);
 }
 
+std::vector<TokenId> banned_tokens(const Completion& request, const Tokenizer& tokenizer) {
+  std::vector<TokenId> banned = request.banned;
+  const std::span<const TokenId> ends = tokenizer.end_of_generation();
+  if (request.ignore_eos) banned.insert(banned.end(), ends.begin(), ends.end());
+  return banned;
+}
+
 // Bits of all tokens but these; empty when there are none.
 std::vector<uint64_t> all_but(std::span<const TokenId> tokens, size_t n_vocab) {
   if (tokens.empty()) return {};
@@ -61,10 +68,9 @@ Sequence::Sequence(std::shared_ptr<const Completion> request, size_t index, size
       result_(not_begun(*request_, index, StopType::kLimit)),
       history_(request_->prompt),
       stream_(request_->stop),
-      sampler_(with_seed(request_->sampling, index)),
+      sampler_(with_seed(request_->sampling, index), engine.config().n_vocab),
       drafter_(max_draft(*request_, engine)),
-      choosable_(request_->ignore_eos ? all_but(engine.tokenizer.end_of_generation(), engine.config().n_vocab)
-                                      : std::vector<uint64_t>()),
+      choosable_(all_but(banned_tokens(*request_, engine.tokenizer), engine.config().n_vocab)),
       allowed_(choosable_),
       start_(Clock::now()) {
   result_.n_cached = n_cached;
@@ -88,7 +94,10 @@ void Sequence::end_prompt() {
 }
 
 std::vector<TokenId> Sequence::propose(size_t most) {
-  std::vector<TokenId> draft = drafter_.propose(history_, std::min(most, limit_ - result_.tokens.size() - 1));
+  most = std::min(most, limit_ - result_.tokens.size() - 1);
+  if (!forced_.empty())
+    return {forced_.begin(), forced_.begin() + static_cast<std::ptrdiff_t>(std::min(most, forced_.size()))};
+  std::vector<TokenId> draft = drafter_.propose(history_, most);
   result_.n_drafted += draft.size();
   return draft;
 }
@@ -122,22 +131,30 @@ std::optional<TokenId> Sequence::forced() const {
   return forced_.empty() ? std::nullopt : std::optional<TokenId>(forced_.front());
 }
 
-void Sequence::accept(TokenId token) {
+void Sequence::accept(TokenId token, std::optional<TokenProbability> probability) {
   if (!forced_.empty()) forced_.pop_front();
   result_.tokens.push_back(token);
+  if (probability) result_.probabilities.push_back(std::move(*probability));
   history_.push_back(token);
   const std::span<const TokenId> end_tokens = engine_.tokenizer.end_of_generation();
   if (std::binary_search(end_tokens.begin(), end_tokens.end(), token)) return finish(StopType::kEos);
   if (stream_.push(engine_.tokenizer.decode(token, false))) return finish(StopType::kWord);
   show(false);
-  if (result_.tokens.size() == limit_) return finish(StopType::kLimit);
+  if (result_.tokens.size() == limit_ || has_taken_long()) return finish(StopType::kLimit);
   if (request_->mask && forced_.empty()) ask_for_mask();
+}
+
+bool Sequence::has_taken_long() const {
+  return request_->max_predict.count() > 0 && stream_.text().find('\n') != std::string::npos &&
+         Clock::now() - prompt_end_ > request_->max_predict;
 }
 
 void Sequence::show(bool all) {
   const std::string_view piece = stream_.take(all);
   if (piece.empty()) return;
-  observer_.on_piece(index_, piece, std::span<const TokenId>(result_.tokens).subspan(n_shown_));
+  const std::span<const TokenProbability> probabilities(result_.probabilities);
+  observer_.on_piece(index_, piece, std::span<const TokenId>(result_.tokens).subspan(n_shown_),
+                     probabilities.subspan(std::min(n_shown_, probabilities.size())));
   n_shown_ = result_.tokens.size();
 }
 

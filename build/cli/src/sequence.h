@@ -30,9 +30,17 @@ struct Completion {
   std::vector<std::string> stop;  // empty strings are ignored
   bool ignore_eos = false;
   bool cache_prompt = true;
-  bool speculate = true;  // guess ahead and check; changes no result
-  bool mask = false;      // every token waits for a MaskAnswer
+  bool speculate = true;                     // guess ahead and check; changes no result
+  bool mask = false;                         // every token waits for a MaskAnswer
+  std::vector<TokenId> banned;               // never chosen
+  bool logprobs = false;                     // tell how probable each token was, …
+  size_t n_probs = 0;                        // … and the best of its rivals
+  bool post_sampling_probs = false;          // by the distribution that it was drawn from, not the model's
+  bool prompt_logprobs = false;              // the same of the prompt's tokens, by the model's
+  std::chrono::milliseconds max_predict{0};  // after this and a line's end generation stops; 0: it goes on
   std::optional<Clock::time_point> deadline;
+
+  bool wants_probabilities() const { return logprobs || n_probs > 0; }
 };
 
 // Which token may come next.
@@ -47,7 +55,9 @@ std::string_view name_of(StopType type);
 
 struct CompletionResult {
   std::string content;
-  std::vector<TokenId> tokens;  // everything generated, an end-of-generation token included
+  std::vector<TokenId> tokens;                         // everything generated, an end-of-generation token included
+  std::vector<TokenProbability> probabilities;         // of the tokens, where wanted
+  std::vector<TokenProbability> prompt_probabilities;  // of those of the prompt but the first, where wanted
   StopType stop_type = StopType::kLimit;
   std::string stopping_word;
   bool truncated = false;  // the context was full before n_predict
@@ -81,8 +91,10 @@ class RequestError : public std::runtime_error {
 class CompletionObserver {
  public:
   virtual ~CompletionObserver() = default;
-  // A piece of text (whole UTF-8 characters, never empty) and the tokens generated since the piece before.
-  virtual void on_piece(size_t index, std::string_view text, std::span<const TokenId> tokens) = 0;
+  // A piece of text (whole UTF-8 characters, never empty) and the tokens generated since the piece before, with their
+  // probabilities where wanted.
+  virtual void on_piece(size_t index, std::string_view text, std::span<const TokenId> tokens,
+                        std::span<const TokenProbability> probabilities) = 0;
   // A mask is needed for the token after these: those generated since the last time.
   virtual void on_mask(size_t index, std::span<const TokenId> tokens) = 0;
   virtual void on_done(size_t index, const CompletionResult& result) = 0;
@@ -95,15 +107,17 @@ class Sequence {
   Sequence(std::shared_ptr<const Completion> request, size_t index, size_t n_cached, const Engine& engine,
            CompletionObserver& observer);
 
+  const Completion& request() const { return *request_; }
   size_t index() const { return index_; }
   std::span<const TokenId> history() const { return history_; }  // the prompt and what was generated after it
   bool over() const { return over_; }
   bool in_prompt() const { return in_prompt_; }
+  bool tells_prompt() const { return in_prompt_ && index_ == 0 && request_->prompt_logprobs; }
   void end_prompt();  // it has been computed
 
-  // Guesses at what follows the history, `most` at the most.
+  // What follows without a choice, or else guesses at what follows the history, `most` at the most.
   std::vector<TokenId> propose(size_t most);
-  void guessed_right() { result_.n_accepted++; }  // the token accepted last
+  void guessed_right() { result_.n_accepted += !request_->mask; }  // the token accepted last
   void learn(size_t n_drafted, size_t n_accepted) { drafter_.learn(n_drafted, n_accepted); }
 
   // What stands between the logits and the next token.
@@ -113,7 +127,8 @@ class Sequence {
   std::span<const uint64_t> allowed() const { return allowed_; }  // a bit for each token, or empty: every token
   Sampler& sampler() { return sampler_; }
 
-  void accept(TokenId token);  // the next one
+  void accept(TokenId token, std::optional<TokenProbability> probability = {});  // the next one
+  void add_prompt_probability(TokenProbability p) { result_.prompt_probabilities.push_back(std::move(p)); }
   void finish(StopType type);  // tells the observer; the sequence is over
   void drop() { over_ = true; }
 
@@ -123,6 +138,7 @@ class Sequence {
   enum class MaskState { kNone, kAsked, kAnswered };
 
   size_t room() const { return engine_.n_ctx - request_->prompt.size(); }
+  bool has_taken_long() const;
   void show(bool all);
   void ask_for_mask();
 

@@ -11,12 +11,13 @@
 namespace bitnet {
 namespace {
 
-constexpr size_t kRowsPerPiece = 128;  // of a ternary matrix, for one thread at a time: 82 kB at 2,560 columns
+constexpr size_t kRowsPerPiece = 128;             // for one thread at a time: 82 kB of codes at 2,560 columns
+constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for before it waits for the others
+constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kLogitRowsPerPiece = 64;
 constexpr size_t kLongContext = 256;    // positions from which one token's attention is cut up
 constexpr size_t kBlocksPerPiece = 16;  // 256 positions: 64 kB of keys in f16
 constexpr size_t kDimsPerPiece = 64;    // two cache lines of each position's value in f16
-constexpr size_t kScreenRowsPerPiece = 256;
 constexpr size_t kCandidatesPerPiece = 16;
 constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for by screening
 // How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
@@ -89,8 +90,7 @@ std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
   return best.take();
 }
 
-Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch,
-                         size_t max_context)
+Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context)
     : model_(model),
       config_(model.config()),
       kernels_(kernels),
@@ -115,6 +115,7 @@ Transformer::Transformer(const Model& model, const Kernels& kernels, ThreadPool&
       screen_variances_(screen_blocks(config_)),
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
+      codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
       max_stride_(blocks_of(max_context) * kPositionsPerBlock),
       scores_(score_heads(config_, pool.size()) * max_stride_),
@@ -133,6 +134,7 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
 // Section 3 of the model's description, block after block.
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
+  if (n_passes_++ > 0) model_.settle(pool_, kernels_);
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_);
   embed(batch);
@@ -141,20 +143,23 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     const Layer& layer = model_.layers()[i];
 
     norm_and_quantize(residual_.data(), layer.attn_norm, config_.dim);
-    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}});
+    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, {region(layer.attn_output)});
     rotate_and_store(batch, i);
     attend(batch, i);
     norm_and_quantize(attention_.data(), layer.attn_sub_norm, config_.q_dim());
-    project({{&layer.attn_output, branch_.data()}});
+    project({{&layer.attn_output, branch_.data()}}, {region(layer.gate), region(layer.up)});
     add_to_residual();
 
     norm_and_quantize(residual_.data(), layer.ffn_norm, config_.dim);
-    project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}});
+    project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}}, {region(layer.down)});
     for_each_token([&](size_t t, size_t) {
       kernels_.relu2_mul(&gate_[t * config_.ffn_dim], &up_[t * config_.ffn_dim], config_.ffn_dim);
     });
     norm_and_quantize(gate_.data(), layer.ffn_sub_norm, config_.ffn_dim);
-    project({{&layer.down, branch_.data()}});
+    if (i + 1 < config_.n_layers)
+      project({{&layer.down, branch_.data()}}, attention_inputs(i + 1));
+    else
+      project({{&layer.down, branch_.data()}}, {region(model_.output())});
     add_to_residual();
   }
   norm_outputs(batch);
@@ -197,7 +202,8 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
     });
 }
 
-void Transformer::project(std::initializer_list<Projection> projections) {
+// `next` is what will be read after this.
+void Transformer::project(std::initializer_list<Projection> projections, const Regions& next) {
   pieces_.clear();
   const size_t lanes = kernels_.lut_lanes;
   for (const Projection& p : projections) {
@@ -212,18 +218,48 @@ void Transformer::project(std::initializer_list<Projection> projections) {
       for (size_t r = 0; r < rows; r += kRowsPerPiece)
         pieces_.push_back({&p, r, std::min(kRowsPerPiece, rows - r), n_lookup_, n_ - n_lookup_});
   }
-  pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) {
-    if (pieces_[i].first_token < n_lookup_)
-      by_lookup(pieces_[i], thread);
-    else
-      by_multiplication(pieces_[i], thread);
-  });
+  pool_.for_each(
+      pieces_.size(),
+      [&](size_t i, size_t thread) {
+        if (pieces_[i].first_token < n_lookup_)
+          by_lookup(pieces_[i], thread);
+        else
+          by_multiplication(pieces_[i], thread);
+      },
+      [&](size_t thread) { fetch_ahead(next, thread); });
+}
+
+Transformer::Region Transformer::region(const TernaryMatrix& m) { return {m.data, m.rows, m.all().row_bytes()}; }
+
+Transformer::Region Transformer::region(const FloatRows& w) { return {w.data, w.rows, row_bytes(w.type, w.cols)}; }
+
+Transformer::Regions Transformer::attention_inputs(size_t layer) const {
+  const Layer& l = model_.layers()[layer];
+  return {region(l.q), region(l.k), region(l.v)};
+}
+
+// Asks for the beginning of what the thread will read of these regions, so that memory is not idle between two loops.
+// Many tokens compute for long: there it would only displace what they need.
+void Transformer::fetch_ahead(const Regions& regions, size_t thread) const {
+  if (n_lookup_ > 0) return;
+  size_t n_pieces = 0;
+  for (const Region& r : regions) n_pieces += ceil_div(r.rows, kRowsPerPiece);
+  size_t piece = pool_.first_piece(n_pieces, thread);
+  for (const Region& r : regions) {
+    if (const size_t pieces = ceil_div(r.rows, kRowsPerPiece); piece >= pieces) {
+      piece -= pieces;
+      continue;
+    }
+    const uint8_t* start = r.data + piece * kRowsPerPiece * r.row_bytes;
+    for (size_t i = 0; i < kAheadBytes; i += 64) __builtin_prefetch(start + i, 0, 2);
+    return;
+  }
 }
 
 void Transformer::by_lookup(const Piece& piece, size_t thread) {
   const TernaryMatrix& w = *piece.projection->matrix;
-  kernels_.ternary_lut(w.slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols], piece.n_tokens,
-                       &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
+  kernels_.ternary_lut(w.all().slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols],
+                       piece.n_tokens, &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
                        piece.projection->out + piece.first_token * w.rows + piece.first_row, w.rows);
 }
 
@@ -232,11 +268,27 @@ void Transformer::by_multiplication(const Piece& piece, size_t thread) {
   int32_t* sums = sums_[thread].data();
   const Activations activations{&quantised_[piece.first_token * w.cols], &quantised_sums_[piece.first_token],
                                 piece.n_tokens};
-  kernels_.ternary_matmul(w.slice(piece.first_row, piece.n_rows), activations, sums, kRowsPerPiece);
+  const TernaryRows rows = w.all().slice(piece.first_row, piece.n_rows);
+  if (rows.type == TernaryType::kCodes)
+    kernels_.ternary_matmul(rows, activations, sums, kRowsPerPiece);
+  else if (piece.n_tokens == 1 && kernels_.trits_by_vector)
+    kernels_.trits_by_vector(rows, activations.values, activations.sums[0], sums);
+  else
+    by_expansion(rows, activations, sums, codes_[thread]);
   for (size_t i = 0; i < piece.n_tokens; i++) {
     const size_t t = piece.first_token + i;
     kernels_.dequantize(sums + i * kRowsPerPiece, quantised_scales_[t], w.scale, piece.n_rows,
                         piece.projection->out + t * w.rows + piece.first_row);
+  }
+}
+
+// Expands some rows into the processor's cache and multiplies those.
+void Transformer::by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums,
+                               std::vector<uint8_t>& codes) {
+  for (size_t r = 0; r < trits.rows; r += kExpandedRows) {
+    const size_t n = std::min(kExpandedRows, trits.rows - r);
+    expand_rows(kernels_.expand_trits, trits.slice(r, n), codes.data());
+    kernels_.ternary_matmul({TernaryType::kCodes, codes.data(), n, trits.cols}, x, sums + r, kRowsPerPiece);
   }
 }
 
@@ -352,29 +404,31 @@ Screen Transformer::prepare_screen(const float* x) {
 std::vector<Candidate> Transformer::screened_best(const float* x, size_t k, std::span<const uint64_t> allowed) {
   const FloatRows& output = model_.output();
   const Screen screen = prepare_screen(x);
-  const size_t n_pieces = ceil_div(output.rows, kScreenRowsPerPiece);
+  const size_t n_pieces = ceil_div(output.rows, kRowsPerPiece);
   estimates_.resize(output.rows);
   deviations_.resize(output.rows);
   best_estimates_.resize(n_pieces);
   highest_.resize(n_pieces);
-  pool_.for_each(n_pieces, [&](size_t piece, size_t) {
-    const size_t first = piece * kScreenRowsPerPiece, end = std::min(first + kScreenRowsPerPiece, output.rows);
-    kernels_.screen_rows(output.slice(first, end - first), screen, &estimates_[first], &deviations_[first]);
-    float best = -kInfinity, highest = -kInfinity;
-    for (size_t r = first; r < end; r++) {
-      if (!is_allowed(allowed, r)) estimates_[r] = -kInfinity;
-      best = std::max(best, estimates_[r]);  // NaN, of wrong weights, is passed over here and below
-      highest = std::max(highest, estimates_[r] + kScreenDeviations * deviations_[r]);
-    }
-    best_estimates_[piece] = best;
-    highest_[piece] = highest;
-  });
+  pool_.for_each(
+      n_pieces,
+      [&](size_t piece, size_t) {
+        const size_t first = piece * kRowsPerPiece, end = std::min(first + kRowsPerPiece, output.rows);
+        kernels_.screen_rows(output.slice(first, end - first), screen, &estimates_[first], &deviations_[first]);
+        float best = -kInfinity, highest = -kInfinity;
+        for (size_t r = first; r < end; r++) {
+          if (!is_allowed(allowed, r)) estimates_[r] = -kInfinity;
+          best = std::max(best, estimates_[r]);  // NaN, of wrong weights, is passed over here and below
+          highest = std::max(highest, estimates_[r] + kScreenDeviations * deviations_[r]);
+        }
+        best_estimates_[piece] = best;
+        highest_[piece] = highest;
+      },
+      [&](size_t thread) { fetch_ahead(attention_inputs(0), thread); });
   // Calls f with the rows of those pieces whose value is at least `least`.
   const auto for_rows = [&](const std::vector<float>& of_piece, const float& least, auto&& f) {
     for (size_t piece = 0; piece < n_pieces; piece++)
       if (of_piece[piece] >= least)
-        for (size_t r = piece * kScreenRowsPerPiece; r < std::min((piece + 1) * kScreenRowsPerPiece, output.rows); r++)
-          f(r);
+        for (size_t r = piece * kRowsPerPiece; r < std::min((piece + 1) * kRowsPerPiece, output.rows); r++) f(r);
   };
   // The k rows of the best estimates are computed first. No row whose upper end stays below the least of them can be
   // among the best k.

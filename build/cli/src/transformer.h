@@ -1,6 +1,7 @@
 // The forward pass: tokens in, logits out. Knows nothing of text.
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <functional>
 #include <span>
@@ -38,9 +39,9 @@ std::vector<Candidate> best_of(std::span<const float> logits, size_t k);
 
 class Transformer {
  public:
-  // Model, kernels and pool must outlive the transformer. `max_batch` bounds a batch; it sets the size of the buffers
-  // and nothing else: a token's logits have the same bits in every batch.
-  Transformer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context);
+  // Model, kernels and pool must outlive the transformer; the model settles from pass to pass. `max_batch` bounds a
+  // batch; it sets the size of the buffers and nothing else: a token's logits have the same bits in every batch.
+  Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context);
 
   // Adds the batch to its caches and keeps the outputs of the tokens that want logits. `abandon`, where given, is asked
   // before every layer: once it says true the rest is not computed, the batch's positions in the caches hold nothing of
@@ -63,6 +64,13 @@ class Transformer {
     const TernaryMatrix* matrix;
     float* out;  // (n_tokens, matrix->rows)
   };
+  // Rows that lie one after another in memory. Those of one loop: at most three matrices.
+  struct Region {
+    const uint8_t* data = nullptr;
+    size_t rows = 0, row_bytes = 0;
+  };
+  using Regions = std::array<Region, 3>;
+
   // What one thread does at a time: some rows of a projection for some tokens.
   struct Piece {
     const Projection* projection;
@@ -71,10 +79,15 @@ class Transformer {
   };
 
   void embed(std::span<const BatchToken> batch);
-  void norm_and_quantize(const float* in, const float* weight, size_t dim);  // → quantised_
-  void project(std::initializer_list<Projection> projections);               // from quantised_
+  void norm_and_quantize(const float* in, const float* weight, size_t dim);          // → quantised_
+  void project(std::initializer_list<Projection> projections, const Regions& next);  // from quantised_
+  void fetch_ahead(const Regions& regions, size_t thread) const;
+  Regions attention_inputs(size_t layer) const;
+  static Region region(const TernaryMatrix& m);
+  static Region region(const FloatRows& w);
   void by_lookup(const Piece& piece, size_t thread);
   void by_multiplication(const Piece& piece, size_t thread);
+  void by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums, std::vector<uint8_t>& codes);
   void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
   void attend(std::span<const BatchToken> batch, size_t layer);
   void attend_long(const BatchToken& token, size_t layer);
@@ -88,11 +101,12 @@ class Transformer {
   template <class F>
   void for_each_token(F&& f);
 
-  const Model& model_;
+  Model& model_;  // settles from pass to pass
   const Config& config_;
   const Kernels& kernels_;
   ThreadPool& pool_;
   size_t max_batch_;
+  size_t n_passes_ = 0;
   size_t n_ = 0;         // tokens in the current batch
   size_t n_lookup_ = 0;  // of them, the first, whose projections are computed by look-up
 
@@ -114,9 +128,10 @@ class Transformer {
   std::vector<float> screen_corrections_, screen_variances_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
-  std::vector<LutScratch> lut_scratch_;     // a thread each
-  std::vector<std::vector<int32_t>> sums_;  // a thread each: (max_batch, kRowsPerPiece)
-  size_t max_stride_;                       // positions of the longest context, rounded up to blocks
+  std::vector<LutScratch> lut_scratch_;      // a thread each
+  std::vector<std::vector<uint8_t>> codes_;  // a thread each: (kExpandedRows, widest / 4)
+  std::vector<std::vector<int32_t>> sums_;   // a thread each: (max_batch, kRowsPerPiece)
+  size_t max_stride_;                        // positions of the longest context, rounded up to blocks
   std::vector<float> scores_;  // (heads, max_stride_): of a kv head's query heads for each thread, or of one token
   std::vector<float> totals_;  // (heads)
 };

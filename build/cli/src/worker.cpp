@@ -89,6 +89,24 @@ class Input {
 
 void end_process(int) { _exit(0); }
 
+// The `probabilities` of tokens, with llama.cpp's names.
+Json probabilities(std::span<const TokenProbability> list, const Tokenizer& tokenizer, bool post_sampling) {
+  const char* const value = post_sampling ? "prob" : "logprob";
+  const char* const best = post_sampling ? "top_probs" : "top_logprobs";
+  const auto entry = [&](const TokenProbability::Entry& e) -> Json {
+    Json bytes = Json::array();
+    for (const char byte : tokenizer.decode(e.token, false)) bytes.push_back(static_cast<uint8_t>(byte));
+    return {{"id", e.token}, {"bytes", std::move(bytes)}, {value, e.value}};
+  };
+  Json out = Json::array();
+  for (const TokenProbability& p : list) {
+    out.push_back(entry(p.chosen));
+    out.back()[best] = Json::array();
+    for (const TokenProbability::Entry& e : p.best) out.back()[best].push_back(entry(e));
+  }
+  return out;
+}
+
 Json done_event(const std::string& id, size_t index, const CompletionResult& r) {
   return {{"event", "done"},
           {"id", id},
@@ -155,18 +173,27 @@ class Worker {
   // Turns what becomes of one request into events.
   class Answer : public CompletionObserver {
    public:
-    Answer(Worker& worker, const std::string& id, size_t n, bool stream)
-        : worker_(worker), id_(id), n_left_(n), stream_(stream) {}
+    Answer(Worker& worker, const std::string& id, std::shared_ptr<const Completion> request, bool stream)
+        : worker_(worker), id_(id), request_(std::move(request)), n_left_(request_->n), stream_(stream) {}
 
-    void on_piece(size_t index, std::string_view text, std::span<const TokenId> tokens) override {
-      if (stream_)
-        worker_.send({{"event", "token"}, {"id", id_}, {"index", index}, {"content", text}, {"tokens", tokens}});
+    void on_piece(size_t index, std::string_view text, std::span<const TokenId> tokens,
+                  std::span<const TokenProbability> list) override {
+      if (!stream_) return;
+      Json event = {{"event", "token"}, {"id", id_}, {"index", index}, {"content", text}, {"tokens", tokens}};
+      if (request_->wants_probabilities()) event["probabilities"] = told(list);
+      worker_.send(event);
     }
     void on_mask(size_t index, std::span<const TokenId> tokens) override {
       worker_.send({{"event", "mask"}, {"id", id_}, {"index", index}, {"tokens", tokens}});
     }
     void on_done(size_t index, const CompletionResult& result) override {
-      const Json event = done_event(id_, index, result);
+      Json event = done_event(id_, index, result);
+      if (request_->wants_probabilities()) event["probabilities"] = told(result.probabilities);
+      if (index == 0 && request_->prompt_logprobs) {
+        Json list = probabilities(result.prompt_probabilities, worker_.engine_.tokenizer, false);
+        list.insert(list.begin(), nullptr);  // nothing foretells the first token
+        event["prompt_probabilities"] = std::move(list);
+      }
       if (--n_left_ == 0) worker_.forget(id_);
       worker_.send(event);
     }
@@ -176,8 +203,13 @@ class Worker {
     }
 
    private:
+    Json told(std::span<const TokenProbability> list) const {
+      return probabilities(list, worker_.engine_.tokenizer, request_->post_sampling_probs);
+    }
+
     Worker& worker_;
     std::string id_;
+    std::shared_ptr<const Completion> request_;
     size_t n_left_;
     bool stream_;
   };
@@ -228,8 +260,8 @@ class Worker {
       const std::lock_guard lock(mutex_);
       live_.insert(id);
     }
-    post([this, id, completion = std::move(completion), stream = request.stream] {
-      const auto answer = std::make_shared<Answer>(*this, id, completion.n, stream);
+    post([this, id, completion = std::make_shared<const Completion>(std::move(completion)), stream = request.stream] {
+      const auto answer = std::make_shared<Answer>(*this, id, completion, stream);
       try {
         tickets_[id] = scheduler_.submit(completion, answer);
       } catch (const std::exception& e) {

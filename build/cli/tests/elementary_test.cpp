@@ -23,6 +23,14 @@ TEST_CASE("exponential agrees with the C library") {
   CHECK(std::isinf(exponential(1e300)));
 }
 
+TEST_CASE("logarithm agrees with the C library") {
+  for (double x = 1e-300; x < 1e300; x *= 1.37) CHECK(logarithm(x) == doctest::Approx(std::log(x)).epsilon(1e-15));
+  for (double x = 0.5; x < 2.0; x += 0.0137) CHECK(std::fabs(logarithm(x) - std::log(x)) < 3e-16);
+  CHECK(logarithm(1.0) == 0.0);
+  CHECK(logarithm(0.0) == -std::numeric_limits<double>::infinity());
+  CHECK(std::isnan(logarithm(-1.0)));
+}
+
 TEST_CASE("nth_root, raised again, gives the number back") {
   for (const double a : {1.0, 1.5, 10000.0, 500000.0, 1e12})
     for (const size_t n : {1, 2, 3, 32, 48, 64, 128}) {

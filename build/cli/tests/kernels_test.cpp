@@ -17,9 +17,25 @@ namespace {
 
 std::vector<const Kernels*> vector_tables() {
   std::vector<const Kernels*> tables;
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512})
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi})
     if (supported(isa)) tables.push_back(&kernels_for(isa));
   return tables;
+}
+
+// Rows of codes → rows of trits; what is missing in the last unit is code 2, which must not count.
+std::vector<uint8_t> trits_of(const TernaryRows& w) {
+  const size_t row_bytes = TernaryRows{TernaryType::kTrits, nullptr, w.rows, w.cols}.row_bytes();
+  std::vector<uint8_t> trits(w.rows * row_bytes);
+  const auto code = [&](size_t r, size_t block, size_t p, size_t i) {
+    return block * kTernaryBlock < w.cols ? w.data[r * w.row_bytes() + block * 32 + p] >> (6 - 2 * i) & 3 : 2;
+  };
+  for (size_t i = 0; i < trits.size(); i++) {
+    const size_t r = i / row_bytes, unit = i % row_bytes / kTritUnit, row = i % kTritUnit / 32, p = i % 32;
+    int number = code(r, unit * 5 + 4, p, row);
+    for (size_t digit = 0; digit < 4; digit++) number = 3 * number + code(r, unit * 5 + row, p, digit);
+    trits[i] = static_cast<uint8_t>(number);
+  }
+  return trits;
 }
 
 class Random {
@@ -143,13 +159,18 @@ TEST_CASE("ternary_matmul: exact for every shape, batch size and extreme activat
             }
             expected[t * rows + r] = total;
           }
-        const TernaryRows w{codes.data(), rows, cols};
+        const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
         const Activations a{x.data(), sums.data(), n};
         kScalarKernels.ternary_matmul(w, a, got.data(), rows);
         CHECK(got == expected);
         for (const Kernels* k : vector_tables()) {
           std::fill(got.begin(), got.end(), -1);
           k->ternary_matmul(w, a, got.data(), rows);
+          CHECK(got == expected);
+          if (n > 1 || !k->trits_by_vector) continue;
+          std::fill(got.begin(), got.end(), -1);
+          const std::vector<uint8_t> trits = trits_of(w);
+          k->trits_by_vector({TernaryType::kTrits, trits.data(), rows, cols}, x.data(), sums[0], got.data());
           CHECK(got == expected);
         }
       }
@@ -298,14 +319,22 @@ TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and 
           for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
           std::vector<float> scales(n), expected(n * rows), got(n * (rows + 3), -1.0f);
           for (size_t t = 0; t < n; t++) scales[t] = 10.0f + static_cast<float>(t);
-          const TernaryRows w{codes.data(), rows, cols};
+          const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
           k->ternary_matmul(w, {x.data(), sums.data(), n}, products.data(), rows);
           for (size_t t = 0; t < n; t++)
             k->dequantize(&products[t * rows], scales[t], 0.017f, rows, &expected[t * rows]);
           LutScratch scratch(k->lut_lanes);
           k->transpose_tile(x.data(), cols, n, tile.data());
           k->ternary_lut(w, tile.data(), n, scales.data(), 0.017f, scratch, got.data(), rows + 3);
-          for (size_t t = 0; t < n; t++)
-            CHECK(std::memcmp(&got[t * (rows + 3)], &expected[t * rows], rows * sizeof(float)) == 0);
+          const auto check = [&] {
+            for (size_t t = 0; t < n; t++)
+              CHECK(std::memcmp(&got[t * (rows + 3)], &expected[t * rows], rows * sizeof(float)) == 0);
+          };
+          check();
+          std::fill(got.begin(), got.end(), -1.0f);
+          const std::vector<uint8_t> trits = trits_of(w);
+          k->ternary_lut({TernaryType::kTrits, trits.data(), rows, cols}, tile.data(), n, scales.data(), 0.017f,
+                         scratch, got.data(), rows + 3);
+          check();
         }
 }

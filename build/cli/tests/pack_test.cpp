@@ -65,7 +65,7 @@ TEST_CASE("expand_trits: every byte, the same everywhere") {
         CHECK((codes >> 6) * 27 + (codes >> 4 & 3) * 9 + (codes >> 2 & 3) * 3 + (codes & 3) == v % 81);
         CHECK((expected[u * 160 + 128 + p] >> (6 - 2 * i) & 3) == v / 81);
       }
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
     if (!supported(isa)) continue;
     kernels_for(isa).expand_trits(packed.data(), 243, got.data());
     CHECK(got == expected);
@@ -107,7 +107,7 @@ TEST_CASE("split rows: dot products and estimates, the same bits everywhere") {
         corrections[b] = normal(random) * 100.0f, variances[b] = std::fabs(normal(random));
       const Screen screen{values.data(), corrections.data(), variances.data(), 0.37f};
       kScalarKernels.screen_rows(w, screen, estimates.data(), deviations.data());
-      for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+      for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
         if (!supported(isa)) continue;
         kernels_for(isa).dot_rows(w, x.data(), 3, got.data(), rows);
         CHECK(got == expected);
@@ -143,7 +143,7 @@ TEST_CASE("a packed model: smaller, checksums of its chunks, best logits equal t
     CHECK(start == bytes.size());
 
     std::vector<float> expected;
-    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+    for (const Isa isa : kIsas)
       for (const size_t n_threads : {1, 3}) {
         if (!supported(isa)) continue;
         Engine engine(options(path, isa, n_threads));

@@ -34,7 +34,8 @@ Completion request_for(const Engine& engine, std::string_view text, int32_t n_pr
 
 // Writes down what becomes of a request.
 struct Recorder : CompletionObserver {
-  void on_piece(size_t index, std::string_view text, std::span<const TokenId> tokens) override {
+  void on_piece(size_t index, std::string_view text, std::span<const TokenId> tokens,
+                std::span<const TokenProbability>) override {
     pieces[index] += text;
     streamed[index].insert(streamed[index].end(), tokens.begin(), tokens.end());
   }
@@ -56,6 +57,10 @@ struct Recorder : CompletionObserver {
   std::map<size_t, CompletionResult> done;
   std::string error;
 };
+
+std::shared_ptr<const Completion> shared(const Completion& request) {
+  return std::make_shared<const Completion>(request);
+}
 
 CompletionResult only(Scheduler& scheduler, const Completion& request) { return complete(scheduler, request).front(); }
 
@@ -79,6 +84,12 @@ std::vector<Completion> mixture(const Engine& engine) {
     request.speculate = i % 4 != 3;
     request.ignore_eos = i % 2 == 0;
     if (i == 5) request.stop = {" was"};
+    if (i == 6) request.sampling.xtc_probability = 0.5f;
+    if (i == 7) request.sampling.mirostat = 2;
+    if (i == 8) request.sampling.dry_multiplier = 0.8f;
+    if (i == 9) request.logprobs = true;
+    if (i == 10) request.n_probs = 5;
+    if (i == 11) request.post_sampling_probs = request.logprobs = true;
     requests.push_back(request);
   }
   return requests;
@@ -120,7 +131,7 @@ TEST_CASE("the same text with and without the cache, and an end where it should 
     request.n_predict = -1;
     request.speculate = false;
     const auto heard = std::make_shared<Recorder>();
-    const Scheduler::Ticket ticket = scheduler.submit(request, heard);
+    const Scheduler::Ticket ticket = scheduler.submit(shared(request), heard);
     while (heard->streamed[0].size() < 20) REQUIRE(scheduler.step());
     scheduler.step([&] { scheduler.cancel(ticket); });
     CHECK(heard->done.at(0).stop_type == StopType::kCancelled);
@@ -152,7 +163,7 @@ TEST_CASE("the same text with and without the cache, and an end where it should 
 
 TEST_CASE("guessing ahead changes nothing but the number of passes") {
   size_t accepted = 0;
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512}) {
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
     if (!supported(isa)) continue;
     Engine engine(options(2, 128, isa));
     for (const float temperature : {0.0f, 0.4f, 1.0f})
@@ -213,7 +224,7 @@ TEST_CASE("in company every completion gets what it gets alone") {
       std::vector<std::shared_ptr<Recorder>> heard;
       for (const Completion& request : mixture(engine)) {
         heard.push_back(std::make_shared<Recorder>());
-        scheduler.submit(request, heard.back());
+        scheduler.submit(shared(request), heard.back());
         for (size_t steps = heard.size() % 4; steps > 0; steps--) scheduler.step();  // they come at any time
       }
       run(scheduler);
@@ -264,7 +275,7 @@ TEST_CASE("one of several is cancelled, expires or fails, and the others do not 
   std::vector<Scheduler::Ticket> tickets;
   for (const Completion& c : {request, late, request, request, request, request}) {
     heard.push_back(std::make_shared<Recorder>());
-    tickets.push_back(scheduler.submit(c, heard.back()));
+    tickets.push_back(scheduler.submit(shared(c), heard.back()));
   }
   CHECK(scheduler.next_deadline() == late.deadline);
   while (heard[1]->streamed[0].size() < 10) REQUIRE(scheduler.step());
@@ -302,7 +313,7 @@ TEST_CASE("a batch of nobody is given up, and what it left half done does no har
   Scheduler fresh(engine);
   const std::vector<TokenId> expected = only(fresh, request).tokens;
   const auto a = std::make_shared<Recorder>(), b = std::make_shared<Recorder>();
-  const Scheduler::Ticket first = scheduler.submit(request, a), second = scheduler.submit(request, b);
+  const Scheduler::Ticket first = scheduler.submit(shared(request), a), second = scheduler.submit(shared(request), b);
   int layer = 0;
   scheduler.step([&] {
     if (++layer == 3) scheduler.cancel(first);
@@ -323,12 +334,12 @@ TEST_CASE("a long prompt does not hold up what is being written, nor a short pro
   Completion request = request_for(engine, "Once upon a time", 100);
   request.speculate = false;
   request.ignore_eos = true;
-  scheduler.submit(request, writing);
+  scheduler.submit(shared(request), writing);
   while (writing->streamed[0].empty()) REQUIRE(scheduler.step());
   Completion much = request_for(engine, "x", 1);
   much.prompt.assign(200, 5);
-  scheduler.submit(much, reading);
-  scheduler.submit(request_for(engine, "Hansel and Gretel went", 1), brief);
+  scheduler.submit(shared(much), reading);
+  scheduler.submit(shared(request_for(engine, "Hansel and Gretel went", 1)), brief);
   const size_t before = writing->streamed[0].size();
   size_t steps = 0;
   for (; reading->done.empty(); steps++) REQUIRE(scheduler.step());
@@ -348,7 +359,7 @@ TEST_CASE("of many prompts and texts none waits while there is a slot for it") {
       request.ignore_eos = true;
       request.speculate = false;
       request.cache_prompt = false;
-      scheduler.submit(request, heard.back());
+      scheduler.submit(shared(request), heard.back());
     }
     run(scheduler);
     // All got as far as the first to end, but for the tokens of a step or two.
@@ -362,7 +373,7 @@ TEST_CASE("what does not fit waits for a slot, in its turn") {
   std::vector<std::shared_ptr<Recorder>> heard;
   for (int i = 0; i < 6; i++) {
     heard.push_back(std::make_shared<Recorder>());
-    scheduler.submit(request_for(engine, "Once upon a time", 20), heard.back());
+    scheduler.submit(shared(request_for(engine, "Once upon a time", 20)), heard.back());
   }
   size_t most = 0;
   while (!scheduler.idle()) {
@@ -390,13 +401,13 @@ TEST_CASE("a prompt finds what any slot has, and takes it from nobody") {
   first.n_predict = 100;
   first.ignore_eos = true;
   const auto running = std::make_shared<Recorder>();
-  scheduler.submit(first, running);
+  scheduler.submit(shared(first), running);
   while (running->streamed[0].empty()) REQUIRE(scheduler.step());
   Completion longer = first;
   longer.prompt.insert(longer.prompt.end(), running->streamed[0].begin(), running->streamed[0].end());
   longer.n_predict = 10;
   const auto beside = std::make_shared<Recorder>();
-  scheduler.submit(longer, beside);
+  scheduler.submit(shared(longer), beside);
   while (beside->done.empty()) REQUIRE(scheduler.step());
   CHECK(running->done.empty());
   CHECK(beside->done.at(0).n_cached >= first.prompt.size());
@@ -414,7 +425,7 @@ TEST_CASE("masks") {
   const std::vector<TokenId> free_text = only(scheduler, request).tokens;
   request.mask = true;
   const auto heard = std::make_shared<Recorder>();
-  const Scheduler::Ticket ticket = scheduler.submit(request, heard);
+  const Scheduler::Ticket ticket = scheduler.submit(shared(request), heard);
   const auto ask = [&](size_t n) {
     while (heard->asked[0].size() < n) REQUIRE(scheduler.step());
   };
@@ -460,7 +471,7 @@ TEST_CASE("masks") {
       const auto other = std::make_shared<Recorder>();
       Completion beside = request;
       beside.mask = false;
-      scheduler.submit(beside, other);
+      scheduler.submit(shared(beside), other);
       while (other->done.empty()) REQUIRE(scheduler.step());
       CHECK(other->done.at(0).tokens == free_text);
       scheduler.answer(ticket, 0, {std::nullopt, {}, false});
@@ -501,6 +512,68 @@ TEST_CASE("masks") {
   }
 }
 
+TEST_CASE("probabilities are those of the logits, whatever makes the token known") {
+  Engine engine(options(2));
+  const size_t n_vocab = engine.config().n_vocab;
+  Completion request = request_for(engine, "The wolf ate the goat. The wolf ate the goat. The wolf", 80);
+  request.n_probs = 3;
+  request.prompt_logprobs = true;
+  Scheduler scheduler(engine);
+  const CompletionResult r = only(scheduler, request);
+  // Of every position, from a batch of its own.
+  std::vector<TokenId> all = request.prompt;
+  all.insert(all.end(), r.tokens.begin(), r.tokens.end());
+  KvCache cache(engine.config(), engine.n_ctx, engine.kv_type);
+  std::vector<BatchToken> batch;
+  for (size_t i = 0; i < all.size(); i++) batch.push_back({all[i], static_cast<uint32_t>(i), &cache, true});
+  std::vector<float> logits(all.size() * n_vocab);
+  engine.transformer.forward(batch);
+  engine.transformer.logits(logits.data());
+  REQUIRE(r.prompt_probabilities.size() == request.prompt.size() - 1);
+  REQUIRE(r.probabilities.size() == r.tokens.size());
+  const auto same = [](const TokenProbability& a, const TokenProbability& b) {
+    const auto equal = [](const TokenProbability::Entry& x, const TokenProbability::Entry& y) {
+      return x.token == y.token && x.value == y.value;
+    };
+    return equal(a.chosen, b.chosen) && std::equal(a.best.begin(), a.best.end(), b.best.begin(), b.best.end(), equal);
+  };
+  const auto expected = [&](size_t position) {
+    return log_probability(std::span(logits).subspan((position - 1) * n_vocab, n_vocab), all[position], 3);
+  };
+  for (size_t i = 1; i < all.size(); i++)
+    CHECK(same(i < request.prompt.size() ? r.prompt_probabilities[i - 1] : r.probabilities[i - request.prompt.size()],
+               expected(i)));
+  CHECK(r.n_accepted > 0);
+  request.mask = true;
+  request.prompt_logprobs = false;
+  const auto heard = std::make_shared<Recorder>();
+  const Scheduler::Ticket ticket = scheduler.submit(shared(request), heard);
+  scheduler.step();
+  REQUIRE(heard->asked[0].size() == 1);
+  scheduler.answer(ticket, 0, {std::nullopt, r.tokens, false});
+  run(scheduler);
+  CHECK(heard->asked[0].size() == 1);
+  const CompletionResult& forced = heard->done.at(0);
+  CHECK(forced.tokens == r.tokens);
+  REQUIRE(forced.probabilities.size() == r.tokens.size());
+  for (size_t i = 0; i < r.tokens.size(); i++) CHECK(same(forced.probabilities[i], r.probabilities[i]));
+  CHECK(forced.n_accepted == 0);
+}
+
+TEST_CASE("a prompt whose tokens are told comes in pieces like any other") {
+  Engine small(options(2, 5)), large(options(1, 128));
+  Completion request = request_for(large, "Once upon a time there was a king who had a daughter", 5);
+  request.prompt_logprobs = true;
+  Scheduler a(small), b(large);
+  only(a, request);  // the cache is of no use
+  const CompletionResult x = only(a, request), y = only(b, request);
+  CHECK(x.n_cached == 0);
+  REQUIRE(x.prompt_probabilities.size() == y.prompt_probabilities.size());
+  for (size_t i = 0; i < x.prompt_probabilities.size(); i++)
+    CHECK(x.prompt_probabilities[i].chosen.value == y.prompt_probabilities[i].chosen.value);
+  CHECK(x.tokens == y.tokens);
+}
+
 TEST_CASE("masked completions of one prompt have masks of their own") {
   Engine engine(options(2));
   Scheduler scheduler(engine);
@@ -508,7 +581,7 @@ TEST_CASE("masked completions of one prompt have masks of their own") {
   request.mask = true;
   request.n = 3;
   const auto heard = std::make_shared<Recorder>();
-  const Scheduler::Ticket ticket = scheduler.submit(request, heard);
+  const Scheduler::Ticket ticket = scheduler.submit(shared(request), heard);
   std::map<size_t, size_t> answered;
   while (!scheduler.idle()) {
     scheduler.step();

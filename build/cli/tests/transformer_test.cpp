@@ -61,7 +61,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 TEST_CASE("the same bits for every instruction set, thread count and batch size") {
   for (const CacheType kv : {CacheType::kF16, CacheType::kF32}) {
     const std::vector<float> expected = all_logits(options(Isa::kScalar, 1, 1, kv));
-    for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512}) {
+    for (const Isa isa : kIsas) {
       if (!supported(isa)) continue;
       for (const size_t n_threads : {1, 2, 3, 5})
         for (const size_t batch_size : {1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 128}) {
@@ -113,7 +113,7 @@ TEST_CASE("far back: attention cut up for one token gives the bits of a batch") 
   std::ofstream(path, std::ios::binary) << bytes;
   const std::vector<TokenId> ids = some_tokens(700);
   std::vector<float> expected;
-  for (const Isa isa : {Isa::kScalar, Isa::kAvx2, Isa::kAvx512})
+  for (const Isa isa : kIsas)
     for (const size_t n_threads : {1, 2, 5})
       for (const size_t n_alone : {0, 3}) {  // the last tokens one by one, or all in batches
         if (!supported(isa) || (isa == Isa::kScalar && n_threads != 2)) continue;

@@ -75,7 +75,7 @@ template <int R, int N>
 inline void tile_and_store(const TernaryRows& w, size_t r, const Activations& x, size_t t, int32_t* out,
                            size_t out_stride) {
   __m256i acc[N][R];
-  tile<R, N>(w.codes + r * (w.cols / 4), w.cols / 4, w.cols / kTernaryBlock, x.values + t * w.cols, w.cols, acc);
+  tile<R, N>(w.data + r * (w.cols / 4), w.cols / 4, w.cols / kTernaryBlock, x.values + t * w.cols, w.cols, acc);
   for (int n = 0; n < N; n++)  // codes are weights + 1
     for (int i = 0; i < R; i++)
       out[(t + static_cast<size_t>(n)) * out_stride + r + static_cast<size_t>(i)] =
@@ -113,6 +113,7 @@ const Kernels kAvx2Kernels = {
     .rms_norm = avx2::rms_norm,
     .quantize = avx2::quantize,
     .ternary_matmul = avx2::ternary_matmul,
+    .trits_by_vector = nullptr,
     .expand_trits = avx2::expand_trits,
     .lut_lanes = avx2::kLutLanes,
     .lut_min_tokens = 9,

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "avx512_vbmi.h"
 #include "half.h"
 #include "kernels.h"
 
@@ -67,7 +68,7 @@ template <int N>
 inline void tile8_and_store(const TernaryRows& w, size_t r, const Activations& x, size_t t, int32_t* out,
                             size_t out_stride) {
   __m512i acc[N][4];
-  tile8<N>(w.codes + r * (w.cols / 4), w.cols / 4, w.cols / kTernaryBlock, x.values + t * w.cols, w.cols, acc);
+  tile8<N>(w.data + r * (w.cols / 4), w.cols / 4, w.cols / kTernaryBlock, x.values + t * w.cols, w.cols, acc);
   for (int n = 0; n < N; n++) {
     const size_t token = t + static_cast<size_t>(n);
     const __m256i sums = _mm256_sub_epi32(sum_rows(acc[n]), _mm256_set1_epi32(x.sums[token]));  // codes are weights + 1
@@ -77,7 +78,7 @@ inline void tile8_and_store(const TernaryRows& w, size_t r, const Activations& x
 
 inline void one_row(const TernaryRows& w, size_t r, const Activations& x, int32_t* out, size_t out_stride) {
   const __m256i mask = _mm256_set1_epi8(3);
-  const uint8_t* row = w.codes + r * (w.cols / 4);
+  const uint8_t* row = w.data + r * (w.cols / 4);
   for (size_t t = 0; t < x.n_tokens; t++) {
     __m256i acc = _mm256_setzero_si256();
     for (size_t b = 0; b < w.cols / kTernaryBlock; b++) {
@@ -111,11 +112,14 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
 
 }  // namespace avx512
 
-const Kernels kAvx512Kernels = {
+namespace {
+
+constexpr Kernels kTable = {
     .isa = Isa::kAvx512,
     .rms_norm = avx512::rms_norm,
     .quantize = avx512::quantize,
     .ternary_matmul = avx512::ternary_matmul,
+    .trits_by_vector = nullptr,
     .expand_trits = avx512::expand_trits,
     .lut_lanes = avx512::kLutLanes,
     .lut_min_tokens = 24,
@@ -133,6 +137,19 @@ const Kernels kAvx512Kernels = {
     .screen_rows = avx512::screen_rows,
     .dot_rows = avx512::dot_rows,
 };
+
+constexpr Kernels with_trits(Kernels table) {
+  table.isa = Isa::kAvx512Vbmi;
+  table.expand_trits = avx512_vbmi::expand_trits;
+  table.trits_by_vector = avx512_vbmi::trits_by_vector;
+  return table;
+}
+
+}  // namespace
+
+// Without code that would run before anybody has asked what the processor can do.
+constinit const Kernels kAvx512Kernels = kTable;
+constinit const Kernels kAvx512VbmiKernels = with_trits(kTable);
 
 }  // namespace bitnet
 

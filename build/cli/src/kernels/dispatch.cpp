@@ -1,5 +1,7 @@
 // Which table this processor may use. CPUID is asked through the compiler's own run-time check, which also asks whether
 // the operating system saves the wide registers.
+#include <cstring>
+
 #include "kernels.h"
 
 namespace bitnet {
@@ -16,11 +18,14 @@ bool supported(Isa isa) {
       return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vnni");
+    case Isa::kAvx512Vbmi:
+      return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vbmi");
   }
   return false;
 }
 
 Isa best_isa() {
+  if (supported(Isa::kAvx512Vbmi)) return Isa::kAvx512Vbmi;
   if (supported(Isa::kAvx512)) return Isa::kAvx512;
   if (supported(Isa::kAvx2)) return Isa::kAvx2;
   return Isa::kScalar;
@@ -28,6 +33,8 @@ Isa best_isa() {
 
 const Kernels& kernels_for(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Vbmi:
+      return kAvx512VbmiKernels;
     case Isa::kAvx512:
       return kAvx512Kernels;
     case Isa::kAvx2:
@@ -40,6 +47,8 @@ const Kernels& kernels_for(Isa isa) {
 
 std::string_view name_of(Isa isa) {
   switch (isa) {
+    case Isa::kAvx512Vbmi:
+      return "avx512-vbmi";
     case Isa::kAvx512:
       return "avx512";
     case Isa::kAvx2:
@@ -48,6 +57,18 @@ std::string_view name_of(Isa isa) {
       break;
   }
   return "scalar";
+}
+
+void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& trits, uint8_t* codes) {
+  const size_t row_bytes = trits.cols / 4, whole_units = row_bytes / kCodeUnit, rest = row_bytes % kCodeUnit;
+  for (size_t r = 0; r < trits.rows; r++, codes += row_bytes) {
+    const uint8_t* row = trits.data + r * trits.row_bytes();
+    expand_trits(row, whole_units, codes);
+    if (rest == 0) continue;
+    uint8_t last[kCodeUnit];
+    expand_trits(row + whole_units * kTritUnit, 1, last);
+    std::memcpy(codes + whole_units * kCodeUnit, last, rest);
+  }
 }
 
 std::string_view name_of(CacheType type) { return type == CacheType::kF32 ? "f32" : "f16"; }

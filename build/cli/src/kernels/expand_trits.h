@@ -23,16 +23,23 @@ inline __m256i codes_of(__m256i w) {
   return _mm256_or_si256(_mm256_slli_epi16(_mm256_shuffle_epi8(pair, high), 4), _mm256_shuffle_epi8(pair, low));
 }
 
-void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
+// What a byte has of 81, from 0 to 2, and what is left of it.
+inline __m256i eighty_ones(__m256i v) {
+  return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(at_least(v, 81), at_least(v, 162)));
+}
+inline __m256i below81(__m256i v) {
   const __m256i k81 = _mm256_set1_epi8(81);
-  for (size_t u = 0; u < units; u++, packed += 128, codes += 160) {
+  return _mm256_sub_epi8(
+      v, _mm256_add_epi8(_mm256_and_si256(at_least(v, 81), k81), _mm256_and_si256(at_least(v, 162), k81)));
+}
+
+void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
+  for (size_t u = 0; u < units; u++, packed += kTritUnit, codes += kCodeUnit) {
     __m256i fifth = _mm256_setzero_si256();
     for (size_t i = 0; i < 4; i++) {
       const __m256i p = load256(packed + i * 32);
-      const __m256i one = at_least(p, 81), two = at_least(p, 162);
-      const __m256i w = _mm256_sub_epi8(p, _mm256_add_epi8(_mm256_and_si256(one, k81), _mm256_and_si256(two, k81)));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i * 32), codes_of(w));
-      fifth = _mm256_sub_epi8(_mm256_slli_epi16(fifth, 2), _mm256_add_epi8(one, two));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + i * 32), codes_of(below81(p)));
+      fifth = _mm256_add_epi8(_mm256_slli_epi16(fifth, 2), eighty_ones(p));
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes + 128), fifth);
   }

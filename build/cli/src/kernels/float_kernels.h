@@ -293,8 +293,10 @@ void screen_rows(const FloatRows& w, const Screen& x, float* estimates, float* d
     }
     const uint8_t* nibbles = row + n_blocks * sizeof(uint16_t);
     F32x16 acc = zero();
-    for (b = 0; b < n_blocks; b += 2)  // lanes 0–7 take the even block, lanes 8–15 the odd one
+    for (b = 0; b < n_blocks; b += 2) {  // lanes 0–7 take the even block, lanes 8–15 the odd one
+      __builtin_prefetch(nibbles + b * 16 + 8192, 0, 0, 3);
       acc = fma(nibble_dots(nibbles + b * 16, x.values + b * kScaleBlock), set_halves(scales[b], scales[b + 1]), acc);
+    }
     estimates[r] = (sum(acc) - sum(correction)) * x.unit;
     deviations[r] = __builtin_sqrtf(sum(variance));
   }

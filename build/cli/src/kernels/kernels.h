@@ -22,7 +22,8 @@ inline constexpr size_t kPositionsPerBlock = 16;  // positions that lie side by 
 // side by side, each too short for the processor to see where it leads.
 inline constexpr size_t kPrefetchRows = 16;
 
-enum class Isa { kScalar, kAvx2, kAvx512 };
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Vbmi };
+inline constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi};
 enum class CacheType { kF16, kF32 };
 
 // How a row of the output matrix is stored. The split types keep whole numbers of 8 or 6 bits with a scale for each
@@ -36,11 +37,22 @@ inline constexpr size_t kMaxScreenBlocks = 1024;  // of a row that screen_rows t
 std::string_view name_of(Isa isa);
 std::string_view name_of(CacheType type);
 
-// A run of rows of a ternary matrix in the I2_S layout (32 bytes hold 128 codes; code c is the weight c − 1).
+// How a ternary matrix is stored. Codes: the I2_S layout, 32 bytes hold a block of 128 codes; code c is the weight c
+// − 1. Trits: five in a byte; rows are whole numbers of units, of which the last may stand for fewer than five blocks.
+enum class TernaryType { kCodes, kTrits };
+inline constexpr size_t kCodeUnit = 160, kTritUnit = 128;  // bytes of five blocks as codes and as trits
+
+// A run of rows of a ternary matrix.
 struct TernaryRows {
-  const uint8_t* codes;  // (rows, cols / 4)
+  TernaryType type;
+  const uint8_t* data;  // (rows, row_bytes())
   size_t rows;
   size_t cols;
+
+  size_t row_bytes() const {
+    return type == TernaryType::kCodes ? cols / 4 : (cols / 4 + kCodeUnit - 1) / kCodeUnit * kTritUnit;
+  }
+  TernaryRows slice(size_t first, size_t count) const { return {type, data + first * row_bytes(), count, cols}; }
 };
 
 // Quantised activations of several tokens.
@@ -88,8 +100,11 @@ struct Kernels {
   // out[i] = clip(rint(x[i] · s), −128, 127) with s = 127 / max(|x|, 1e-5), which is returned; *sum = Σ out[i].
   float (*quantize)(const float* x, size_t n, int8_t* out, int32_t* sum);
 
-  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly.
+  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Of codes.
   void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
+
+  // The same for one token, of trits; nullptr where expanding them to codes, once for all tokens, is better.
+  void (*trits_by_vector)(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out);
 
   // Five trits in a byte → 2-bit codes of I2_S: each unit of 128 bytes gives 160. The bytes of a unit are four rows of
   // 32, and so are the first four of its five blocks of codes: byte p of row i is the block's byte p as a number of
@@ -97,8 +112,8 @@ struct Kernels {
   void (*expand_trits)(const uint8_t* packed, size_t units, uint8_t* codes);
 
   // The same product for many tokens by vector look-up, dequantised: out[t · out_stride + r] = float(Σ) /
-  // activation_scales[t] · weight_scale. x holds one tile of tokens as transpose_tile writes it, values within ±127;
-  // n_tokens ≤ lut_lanes; w.rows ≤ kLutRows, a multiple of 16.
+  // activation_scales[t] · weight_scale, from codes or trits. x holds one tile of tokens as transpose_tile writes it,
+  // values within ±127; n_tokens ≤ lut_lanes; w.rows ≤ kLutRows, a multiple of 16.
   size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel
   size_t lut_min_tokens;  // fewer are faster by ternary_matmul
   void (*ternary_lut)(const TernaryRows& w, const int8_t* x, size_t n_tokens, const float* activation_scales,
@@ -148,6 +163,9 @@ const Kernels& kernels_for(Isa isa);
 bool supported(Isa isa);
 Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA or F16C is missing
 
+// Rows of trits → rows of codes, (rows, cols / 4).
+void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& trits, uint8_t* codes);
+
 // Bytes of one row of `cols` weights, in `data` and in `low`.
 size_t row_bytes(RowType type, size_t cols);
 size_t low_row_bytes(RowType type, size_t cols);
@@ -156,5 +174,6 @@ void decode_row(const FloatRows& w, size_t row, float* out);  // (cols)
 extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512VbmiKernels;
 
 }  // namespace bitnet

@@ -17,7 +17,7 @@ constexpr int kWeighVectors = 1;
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
   for (size_t t = 0; t < x.n_tokens; t++)
     for (size_t r = 0; r < w.rows; r++) {
-      const uint8_t* codes = w.codes + r * (w.cols / 4);
+      const uint8_t* codes = w.data + r * w.row_bytes();
       const int8_t* values = x.values + t * w.cols;
       int32_t total = 0;
       for (size_t k = 0; k < w.cols; k++) {
@@ -49,6 +49,7 @@ const Kernels kScalarKernels = {
     .rms_norm = scalar::rms_norm,
     .quantize = scalar::quantize,
     .ternary_matmul = scalar::ternary_matmul,
+    .trits_by_vector = nullptr,
     .expand_trits = scalar::expand_trits,
     .lut_lanes = 0,
     .lut_min_tokens = 0,

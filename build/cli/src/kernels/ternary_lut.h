@@ -19,6 +19,28 @@ inline __m256i base3(__m256i codes) {
                          _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble)));
 }
 
+// The numbers of base 3 of block b of every row, (w.rows, 32).
+inline void load_numbers(const TernaryRows& w, size_t b, uint8_t* numbers) {
+  const auto put = [&](size_t r, __m256i row) {
+    _mm256_store_si256(reinterpret_cast<__m256i*>(numbers + r * 32), row);
+  };
+  const size_t stride = w.row_bytes(), in_unit = b % 5;
+  if (w.type == TernaryType::kCodes)
+    for (size_t r = 0; r < w.rows; r++) put(r, base3(load256(w.data + r * stride + b * 32)));
+  else if (in_unit < 4)
+    for (size_t r = 0; r < w.rows; r++)
+      put(r, below81(load256(w.data + r * stride + b / 5 * kTritUnit + in_unit * 32)));
+  else
+    for (size_t r = 0; r < w.rows; r++) {
+      const uint8_t* unit = w.data + r * stride + b / 5 * kTritUnit;
+      __m256i number = _mm256_setzero_si256();
+      for (size_t i = 0; i < 4; i++)  // 3 · number + what the byte has of 81
+        number = _mm256_add_epi8(_mm256_add_epi8(number, _mm256_add_epi8(number, number)),
+                                 eighty_ones(load256(unit + i * 32)));
+      put(r, number);
+    }
+}
+
 // All sums of four columns: entry 27 a + 9 b + 3 c + d is (a − 1) x₀ + (b − 1) x₁ + (c − 1) x₂ + (d − 1) x₃. x: (4
 // columns, 32 apart; kLutLanes).
 inline void fill_table(const int8_t* x, int16_t* table) {
@@ -59,9 +81,7 @@ inline void lut_sums(const TernaryRows& w, const int8_t* x, LutScratch& scratch)
   for (size_t i = 0; i < w.rows * kLutLanes; i++) words[i] = 0;
   for (size_t i = 0; i < w.rows * kLutLanes; i++) scratch.sums[i] = 0;
   for (size_t b = 0; b < n_blocks; b++) {
-    for (size_t r = 0; r < w.rows; r++)
-      _mm256_store_si256(reinterpret_cast<__m256i*>(scratch.numbers + r * 32),
-                         base3(load256(w.codes + r * (w.cols / 4) + b * 32)));
+    load_numbers(w, b, scratch.numbers);
     for (size_t first = 0; first < 32; first += kLutGroups) {
       for (size_t g = 0; g < kLutGroups; g++)
         fill_table(x + (b * kTernaryBlock + first + g) * kLutLanes, scratch.tables + g * kLutEntries * kLutLanes);

@@ -1,0 +1,117 @@
+// What VBMI adds to AVX-512: a permutation of bytes looks up what a byte of five trits stands for, so that packed
+// matrices need not be expanded first and a fifth fewer bytes are read for a token.
+#include "avx512_vbmi.h"
+
+#include <immintrin.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kernels.h"
+
+#pragma GCC push_options
+#pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")
+
+namespace bitnet {
+namespace avx512_vbmi {
+
+constexpr size_t kUnitBlocks = kCodeUnit / 32;
+constexpr size_t kUnitCols = kUnitBlocks * kTernaryBlock;
+constexpr size_t kRows = 2;      // that one token's pass reads side by side
+constexpr size_t kAhead = 8192;  // bytes that it asks for ahead of them, in the next rows
+
+// Byte of trits → byte of I2_S that its first four stand for, and code of the fifth.
+struct alignas(64) Tables {
+  constexpr Tables() {
+    for (unsigned v = 0; v < 256; v++) {
+      codes[v] = static_cast<uint8_t>(v % 81 / 27 << 6 | v % 27 / 9 << 4 | v % 9 / 3 << 2 | v % 3);
+      fifths[v] = static_cast<uint8_t>(v / 81);
+    }
+  }
+  uint8_t codes[256] = {}, fifths[256] = {};
+};
+constexpr Tables kTables;
+
+// A table of 256 bytes in registers.
+class ByteTable {
+ public:
+  explicit ByteTable(const uint8_t* table) {
+    for (int i = 0; i < 4; i++) part_[i] = _mm512_load_si512(table + 64 * i);
+  }
+  __m512i operator[](__m512i bytes) const {
+    return _mm512_mask_blend_epi8(_mm512_movepi8_mask(bytes), _mm512_permutex2var_epi8(part_[0], bytes, part_[1]),
+                                  _mm512_permutex2var_epi8(part_[2], bytes, part_[3]));
+  }
+
+ private:
+  __m512i part_[4];
+};
+
+inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
+inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
+  const ByteTable code_table(kTables.codes), fifth_table(kTables.fifths);
+  for (size_t u = 0; u < units; u++, packed += kTritUnit, codes += kCodeUnit) {
+    const __m512i low = load512(packed), high = load512(packed + 64);
+    _mm512_storeu_si512(codes, code_table[low]);
+    _mm512_storeu_si512(codes + 64, code_table[high]);
+    const __m512i a = fifth_table[low], b = fifth_table[high];          // codes 0 and 1, 2 and 3 of the fifth block
+    const __m512i pairs = _mm512_or_si512(_mm512_slli_epi16(a, 4), b);  // 0 and 2, 1 and 3
+    _mm256_storeu_si256(
+        reinterpret_cast<__m256i*>(codes + 128),
+        _mm256_or_si256(_mm256_slli_epi16(_mm512_castsi512_si256(pairs), 2), _mm512_extracti64x4_epi64(pairs, 1)));
+  }
+}
+
+// R rows by one token. `last`: the activations of the last unit, with zeros for the blocks that it does not have. Codes
+// stay where they are in their bytes: the sums with those of bits 2, 4 and 6 are 4, 16 and 64 times too large.
+template <int R>
+inline void rows(const TernaryRows& w, size_t first, const int8_t* x, const int8_t* last, int32_t sum, int32_t* out) {
+  const ByteTable code_table(kTables.codes), fifth_table(kTables.fifths);
+  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
+                            _mm512_set1_epi8(0x03)};
+  const size_t stride = w.row_bytes(), units = stride / kTritUnit;
+  const uint8_t* data = w.data + first * stride;
+  __m512i acc[R][4];
+  for (int r = 0; r < R; r++)
+    for (int c = 0; c < 4; c++) acc[r][c] = _mm512_setzero_si512();
+  for (size_t u = 0; u < units; u++) {
+    const int8_t* activations = u + 1 < units ? x + u * kUnitCols : last;
+    for (size_t half = 0; half < 2; half++) {
+      const int8_t* two_blocks = activations + half * 2 * kTernaryBlock;
+      __m512i a[5];
+      for (size_t c = 0; c < 4; c++)
+        a[c] = _mm512_inserti64x4(_mm512_castsi256_si512(load256(two_blocks + c * 32)),
+                                  load256(two_blocks + kTernaryBlock + c * 32), 1);
+      a[4] = load512(activations + 4 * kTernaryBlock + half * 64);
+      for (int r = 0; r < R; r++) {
+        const uint8_t* p = data + static_cast<size_t>(r) * stride + u * kTritUnit + half * 64;
+        _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
+        const __m512i trits = load512(p), codes = code_table[trits];
+        for (int c = 0; c < 4; c++) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], _mm512_and_si512(codes, masks[c]), a[c]);
+        acc[r][3] = _mm512_dpbusd_epi32(acc[r][3], fifth_table[trits], a[4]);
+      }
+    }
+  }
+  for (int r = 0; r < R; r++) {
+    const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(acc[r][0], 6), _mm512_srai_epi32(acc[r][1], 4));
+    const __m512i low = _mm512_add_epi32(_mm512_srai_epi32(acc[r][2], 2), acc[r][3]);
+    // Codes are weights + 1.
+    out[first + static_cast<size_t>(r)] = _mm512_reduce_add_epi32(_mm512_add_epi32(high, low)) - sum;
+  }
+}
+
+void trits_by_vector(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
+  const size_t whole = (w.row_bytes() / kTritUnit - 1) * kUnitCols;
+  alignas(64) int8_t last[kUnitCols];
+  for (size_t i = 0; i < kUnitCols; i++) last[i] = whole + i < w.cols ? x[whole + i] : int8_t{0};
+  size_t r = 0;
+  for (; r + kRows <= w.rows; r += kRows) rows<kRows>(w, r, x, last, sum, out);
+  for (; r < w.rows; r++) rows<1>(w, r, x, last, sum, out);
+}
+
+}  // namespace avx512_vbmi
+}  // namespace bitnet
+
+#pragma GCC pop_options
