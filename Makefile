@@ -98,11 +98,23 @@ test-image: setup-test ## build the image and try it in containers (docker or po
 	    $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
 
 .PHONY: check-infra
-check-infra: setup-test setup-infra cli ## the templates: expanded, linted, scanned, tested, and made into stacks in moto
+check-infra: setup-test setup-infra cli ## the workflows, and the templates: expanded, linted, scanned, tested, made into stacks in moto
+	@$(INFRA_VENV)/bin/actionlint
+	@$(INFRA_VENV)/bin/zizmor --offline --quiet .github/workflows
 	@AWS_DEFAULT_REGION=us-east-1 $(INFRA_VENV)/bin/python tests/infra/expand.py template.yaml $(OUT)/template.json
 	@$(INFRA_VENV)/bin/cfn-lint --regions us-east-1 eu-west-1 -- $(INFRA_TEMPLATES)
 	@$(INFRA_VENV)/bin/checkov --framework cloudformation --skip-download --quiet --compact --file $(INFRA_TEMPLATES)
 	@EXPANDED=$(OUT)/template.json INFRA_BIN=$(INFRA_VENV)/bin $(BIN)/python -m pytest tests/infra $(PYTEST_ARGS)
+
+# The rates are those of docs/performance.md, of two processors and not of Lambda: read your own off the dashboard.
+TOKENS_PER_S ?= 48.1
+PROMPT_TOKENS_PER_S ?= 162
+.PHONY: batch-estimate
+batch-estimate: cli ## what computing FILE, a JSONL of prompts, will cost (MODEL_PATH, TOKENS_PER_S, PROMPT_TOKENS_PER_S, MEMORY, …)
+	@[ -n "$(FILE)" ] || { echo "batch-estimate: FILE=prompts.jsonl is needed" >&2; exit 2; }
+	@$(BIN)/python -m infra.batch_estimate "$(FILE)" --tokens-per-s "$(TOKENS_PER_S)" --prompt-tokens-per-s "$(PROMPT_TOKENS_PER_S)" \
+	    $(if $(MEMORY),--memory "$(MEMORY)") $(if $(ITEMS),--items "$(ITEMS)") $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") \
+	    $(if $(COLD_START_S),--cold-start-s "$(COLD_START_S)")
 
 .PHONY: clean
 clean: ## remove build/out, .venv and caches

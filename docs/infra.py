@@ -8,7 +8,7 @@ from html import escape
 from pathlib import Path
 
 PICTURE = Path(__file__).with_suffix(".svg")
-WIDTH, HEIGHT = 960, 744
+WIDTH, HEIGHT = 960, 1064
 LABEL = "A request goes from the caller through the Python function to the native engine, its answer the same way back"
 HEAD = (
     '<marker id="head" viewBox="0 0 10 10" refX="8" refY="5" markerWidth="7" markerHeight="7"'
@@ -85,6 +85,32 @@ def line(path: str, heads: str = "to") -> str:
     return f'<path class="line {heads}" d="{path}"/>'
 
 
+def account(top: float) -> list[str]:
+    """What is around the function in an account: how it comes there, its batches, and who watches it."""
+    left, middle, right, width = 44, 366, 688, 228
+    first, second, third = top + 44, top + 132, top + 220
+    return [
+        zone(24, top, 912, 296, "In your account: template.yaml and infra/"),
+        box(left, first, width, "plain", "GitHub or make deploy", "role by OIDC, within a boundary"),
+        box(middle, first, width, "aws", "CloudFormation", "function, bucket, registry, batches"),
+        box(right, first, width, "aws", "ECR", "the image, immutable tags"),
+        box(left, second, width, "aws", "Step Functions", "Distributed Map: prompts/*.jsonl"),
+        box(middle, second, width, "python", "The Lambda function", "alias live, reserved concurrency"),
+        box(right, second, width, "aws", "S3", "results/, each written once"),
+        box(left, third, width, "aws", "SQS, dead-letter queue", "one prompt a message"),
+        box(middle, third, width, "aws", "SSM or Secrets Manager", "the API key, if the URL is open"),
+        box(right, third, width, "aws", "CloudWatch, X-Ray", "metrics, log, dashboard, alarms"),
+        line(f"M {left + width} {first + 24} H {middle - 6}"),
+        line(f"M {middle + 114} {first + 48} V {second - 6}"),
+        line(f"M {right} {first + 36} H {right - 30} V {second + 12} H {middle + width + 6}"),
+        line(f"M {left + width} {second + 24} H {middle - 6}"),
+        line(f"M {left + width} {third + 24} H {middle - 40} V {second + 36} H {middle - 6}"),
+        line(f"M {middle + width} {second + 28} H {right - 6}"),
+        line(f"M {middle + width} {second + 40} H {right - 46} V {third + 24} H {right - 6}"),
+        line(f"M {middle + 114} {third} V {second + 54}"),
+    ]
+
+
 def draw() -> str:
     """The whole picture as SVG text."""
     left, python, native = 24, 300, 636
@@ -92,7 +118,7 @@ def draw() -> str:
         zone(272, 24, 664, 540, "Lambda execution environment: one container image"),
         # Callers and services, from top to bottom.
         box(left, 70, 196, "plain", "HTTP client", "POST /completion", "JSON or server-sent events"),
-        box(left, 168, 196, "aws", "Function URL", "IAM or open, HTTPS"),
+        box(left, 168, 196, "aws", "Function URL", "IAM or an API key, HTTPS"),
         box(left, 250, 196, "plain", "aws lambda invoke", "{“prompt”: …}, plain JSON"),
         box(left, 362, 196, "aws", "CloudWatch Logs", "structured, no user text"),
         box(left, 476, 196, "aws", "S3", "model.gguf"),
@@ -146,6 +172,7 @@ def draw() -> str:
         box(native, 634, 276, "plain", "the same handler and engine", "build/model/demo/model.gguf, or yours"),
         line("M 220 658 H 294"),
         line("M 536 658 H 630"),
+        *account(744),
     ]
     return "\n".join(
         [

@@ -220,7 +220,7 @@ class Api:
     def _openapi(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         from function import openapi
 
-        return openapi.document(self._settings)
+        return self._api_key.document(openapi.document(self._settings))
 
     def _health(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         if (state := self._engine.state) == "loading":

@@ -41,7 +41,7 @@ class ApiKey:
         Raises:
             ApiError: 401, the key is missing or wrong; 500 or 503, the right one cannot be read, so nobody passes.
         """
-        if self._settings.api_key is None and self._settings.api_key_arn is None:
+        if not self._required:
             return
         http = event["requestContext"]["http"]
         if (http["method"], http["path"]) in PUBLIC:
@@ -54,6 +54,21 @@ class ApiKey:
         right = [hmac.compare_digest(token.strip().encode(errors="replace"), key) for key in self._valid()]
         if not any(right):
             raise _unauthorized("the API key is wrong")
+
+    def document(self, document: dict[str, Any]) -> dict[str, Any]:
+        """The OpenAPI document with what is asked of whoever has no key."""
+        if not self._required:
+            return document
+        for path, methods in document["paths"].items():
+            for method, operation in methods.items():
+                if isinstance(operation, dict) and (method.upper(), path) not in PUBLIC:
+                    operation["security"] = [{"apiKey": []}]
+        schemes = {"apiKey": {"type": "http", "scheme": "bearer"}}
+        return document | {"components": document["components"] | {"securitySchemes": schemes}}
+
+    @property
+    def _required(self) -> bool:
+        return self._settings.api_key is not None or self._settings.api_key_arn is not None
 
     def _valid(self) -> tuple[bytes, ...]:
         with self._lock:

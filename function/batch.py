@@ -225,12 +225,12 @@ def _answer(api: Api, item: Item, call: Call) -> Result:
     request = item["request"]
     custom_id = request.get("custom_id") if isinstance(request, dict) else None
     try:
-        url, body = _route(request)
+        url, body = route(request)
     except ApiError as error:
         status, answer = error.status, error.body()
         custom_id = custom_id if isinstance(custom_id, str) else None
     else:
-        reply = api.http(_event(url, body), call, trusted=True)
+        reply = api.http(http_event(url, body), call, trusted=True)
         assert isinstance(reply["body"], str)
         status, answer = reply["statusCode"], json.loads(reply["body"])
     return {
@@ -241,7 +241,7 @@ def _answer(api: Api, item: Item, call: Call) -> Result:
     }
 
 
-def _route(request: object) -> tuple[str, dict[str, Any]]:
+def route(request: object) -> tuple[str, dict[str, Any]]:
     """Where an item goes, and its body.
 
     Raises:
@@ -277,7 +277,7 @@ def _route(request: object) -> tuple[str, dict[str, Any]]:
     return str(url), body
 
 
-def _event(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
+def http_event(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
     """The item as an HTTP event (payload 2.0)."""
     return {
         "version": "2.0",

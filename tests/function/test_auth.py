@@ -9,6 +9,7 @@ from typing import Any
 import boto3
 import pytest
 from moto import mock_aws
+from openapi_spec_validator import validate
 
 from function.api import Call
 from function.handler import application, lambda_handler
@@ -71,6 +72,16 @@ def test_health_is_for_everybody(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ask(None, path="/health")[0] == 200
     assert ask(None, path="/metrics")[0] == 401
     assert ask(None, path="/nowhere")[0] == 401
+
+
+def test_the_document_says_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("API_KEY", KEY)
+    _, document = ask(None, path="/openapi.json")
+    del document["headers"]
+    validate(document)
+    assert document["components"]["securitySchemes"] == {"apiKey": {"type": "http", "scheme": "bearer"}}
+    assert document["paths"]["/completion"]["post"]["security"] == [{"apiKey": []}]
+    assert "security" not in document["paths"]["/health"]["get"]
 
 
 def test_a_direct_invocation_needs_none(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -48,3 +48,27 @@ def test_a_mistake_is_found(tmp_path: Path, right: str, wrong: str, said: str) -
     refused = refusal(template.replace(right, wrong), tmp_path)
     assert said in refused
     assert bool(refused) == (right != wrong)
+
+
+@pytest.mark.parametrize(
+    ("right", "wrong", "said"),
+    [
+        ("name: deploy", "name: deploy", ""),
+        ("runs-on:", "run-on:", "run-on"),
+        ("${{ github.sha }}", "${{ github.sah }}", "sah"),
+        ("@e6de054238d6b7531b4efff3b6587d9aade6a06c # v6.2.3", "@v6", "unpinned"),
+    ],
+)
+def test_a_mistake_in_a_workflow_is_found(tmp_path: Path, right: str, wrong: str, said: str) -> None:
+    text = (ROOT / ".github/workflows/deploy.yaml").read_text()
+    assert right in text
+    workflow = tmp_path / ".github/workflows/deploy.yaml"
+    workflow.parent.mkdir(parents=True)
+    workflow.write_text(text.replace(right, wrong))
+    lint: list[list[str | Path]] = [
+        [INFRA / "actionlint", workflow],
+        [INFRA / "zizmor", "--offline", "--no-progress", workflow],
+    ]
+    runs = [subprocess.run(command, capture_output=True, text=True, timeout=60, check=False) for command in lint]
+    assert bool(sum(run.returncode for run in runs)) == (right != wrong)
+    assert said in "".join(run.stdout for run in runs)

@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")
 
 @pytest.fixture
 def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, str]]]:
-    """The outputs of all four."""
+    """The outputs of all five."""
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "testing")
     monkeypatch.setenv("AWS_DEFAULT_REGION", REGION)
@@ -41,15 +41,23 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, str]
             ModelBucketArn=bucket["BucketArn"],
             ArtifactBucketArn="arn:aws:s3:::artifacts",
         )
+        batch = create("batch", template("batch"), FunctionName=f"{PREFIX}function")
         function = create(
             "function",
             without(template("function"), "FunctionUrl"),
+            BatchBucket=batch["BucketName"],
             ImageUri=f"{registry['RepositoryUri']}:{IMAGE_TAG}",
             ModelBucket=bucket["BucketName"],
             ModelKey=KEY,
             PermissionsBoundary=role["BoundaryArn"],
         )
-        yield {"model-bucket": bucket, "registry": registry, "deploy-role": role, "function": function}
+        yield {
+            "model-bucket": bucket,
+            "registry": registry,
+            "deploy-role": role,
+            "batch": batch,
+            "function": function,
+        }
 
 
 def without(plain: Template, name: str) -> Template:
@@ -104,13 +112,17 @@ def test_the_function(stacks: dict[str, dict[str, str]]) -> None:
         "MODEL_S3_URI": f"s3://{bucket}/{KEY}",
         "INVOKE_MODE": "BUFFERED",
         "LOG_LEVEL": "INFO",
+        "API_KEY_ARN": "",
+        "PROMPT_CACHE_S3_URI": "",
+        "BATCH_RESULTS_S3_URI": f"s3://{stacks['batch']['BucketName']}/results",
     }
     iam: Any = boto3.client("iam")
     role = configuration["Role"].rsplit("/", 1)[1]
     document = iam.get_role_policy(RoleName=role, PolicyName="function")["PolicyDocument"]
     assert f"'s3:GetObject', 'Resource': 'arn:aws:s3:::{bucket}/{KEY}'" in str(document)
-    assert "kms:" not in str(document)  # unless a parameter asks for it
-    assert "xray:" not in str(document)
+    assert f"'s3:ListBucket', 'Resource': 'arn:aws:s3:::{stacks['batch']['BucketName']}'" in str(document)
+    for action in ("kms:", "xray:", "ssm:", "secretsmanager:", "sqs:ReceiveMessage"):
+        assert action not in str(document)  # unless a parameter asks for it
 
 
 def test_logs_and_dashboard(stacks: dict[str, dict[str, str]]) -> None:
@@ -120,7 +132,7 @@ def test_logs_and_dashboard(stacks: dict[str, dict[str, str]]) -> None:
     assert stacks["function"]["LogGroup"] == group["logGroupName"]
     cloudwatch: Any = boto3.client("cloudwatch")
     body = json.loads(cloudwatch.get_dashboard(DashboardName="bitnet-function")["DashboardBody"])
-    assert len(body["widgets"]) == 6
+    assert len(body["widgets"]) == 9
     assert stacks["function"]["FunctionName"] in json.dumps(body)
 
 

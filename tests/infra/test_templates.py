@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from function.metrics import NAMESPACE
 from function.settings import Settings
 from tests.e2e.emulator import Emulator
 from tests.infra.templates import Template, as_list, filled, names, only, statements, template
@@ -29,14 +30,39 @@ def test_parameters_stay_within_lambda_s_limits(name: str) -> None:
     assert used == {"Ref": name}
 
 
+def resolved(value: Any, values: dict[str, str]) -> Any:
+    """What CloudFormation makes of a value or a condition, given the parameters."""
+    if not isinstance(value, dict) or len(value) != 1:
+        return value
+    ((function, argument),) = value.items()
+    match function:
+        case "Ref":
+            return values[argument]
+        case "Condition":
+            return resolved(FUNCTION["Conditions"][argument], values)
+        case "Fn::Sub":
+            return filled(argument, values)
+        case "Fn::If":
+            condition, given, otherwise = argument
+            return resolved(given if resolved({"Condition": condition}, values) else otherwise, values)
+        case "Fn::Not":
+            return not resolved(argument[0], values)
+        case "Fn::Equals":
+            first, second = (str(resolved(part, values)) for part in argument)
+            return first == second
+    return value
+
+
+def given(**parameters: str) -> dict[str, str]:
+    """The parameters of a stack: these, and the defaults of the others."""
+    assert parameters.keys() <= PARAMETERS.keys()
+    return {name: str(parameter.get("Default", "")) for name, parameter in PARAMETERS.items()} | parameters
+
+
 def variables(**parameters: str) -> dict[str, str]:
     """The function's environment if the stack has these parameters and its defaults."""
-    values = {name: str(parameter.get("Default", "")) for name, parameter in PARAMETERS.items()} | parameters
     environment = only(FUNCTION, "AWS::Lambda::Function")["Environment"]["Variables"]
-    return {
-        name: values[value["Ref"]] if "Ref" in value else filled(value["Fn::Sub"], values)
-        for name, value in environment.items()
-    }
+    return {name: resolved(value, given(**parameters)) for name, value in environment.items()}
 
 
 @pytest.mark.parametrize("invoke_mode", PARAMETERS["InvokeMode"]["AllowedValues"])
@@ -57,10 +83,69 @@ def test_the_url_and_the_function_agree_on_the_invoke_mode() -> None:
     assert set(PARAMETERS["InvokeMode"]["AllowedValues"]) == {"BUFFERED", "RESPONSE_STREAM"}
 
 
-def test_the_url_asks_for_a_signature() -> None:
-    assert only(FUNCTION, "AWS::Lambda::Url")["AuthType"] == "AWS_IAM"
-    kinds = {resource["Type"] for resource in FUNCTION["Resources"].values()}
-    assert "AWS::Lambda::Permission" not in kinds  # so nobody may by the function's own policy
+def test_optional_settings_are_set_by_their_parameters() -> None:
+    plain = Settings.from_environment(variables(ModelBucket="models", ModelKey="m"))
+    assert (plain.api_key_arn, plain.prompt_cache_s3_uri, plain.batch_results_s3_uri) == (None, None, None)
+    arn = "arn:aws:ssm:eu-west-1:123456789012:parameter/bitnet/key"
+    optional = {"ApiKeyArn": arn, "PromptCacheBucket": "cache", "BatchBucket": "batches"}
+    settings = Settings.from_environment(variables(ModelBucket="models", ModelKey="m", **optional))
+    assert settings.api_key_arn == arn
+    assert settings.prompt_cache_s3_uri == "s3://cache/prompts"
+    assert settings.batch_results_s3_uri == "s3://batches/results"
+
+
+def test_the_url_asks_for_a_signature_unless_told_otherwise() -> None:
+    assert only(FUNCTION, "AWS::Lambda::Url")["AuthType"] == {"Ref": "AuthType"}
+    assert PARAMETERS["AuthType"]["Default"] == "AWS_IAM"
+    permissions = [r for r in FUNCTION["Resources"].values() if r["Type"] == "AWS::Lambda::Permission"]
+    assert {permission["Condition"] for permission in permissions} == {"IsOpen"}
+    assert not resolved({"Condition": "IsOpen"}, given())
+    # https://docs.aws.amazon.com/lambda/latest/dg/urls-auth.html: both, and the second through the URL only
+    first, second = (permission["Properties"] for permission in permissions)
+    assert first == {
+        "Action": "lambda:InvokeFunctionUrl",
+        "FunctionName": {"Ref": "FunctionAliaslive"},
+        "Principal": "*",
+        "FunctionUrlAuthType": "NONE",
+    }
+    assert second == {
+        "Action": "lambda:InvokeFunction",
+        "FunctionName": {"Ref": "FunctionAliaslive"},
+        "Principal": "*",
+        "InvokedViaFunctionUrl": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("parameters", "broken"),
+    [
+        ({}, []),
+        ({"ReservedConcurrency": "-1"}, []),
+        ({"AuthType": "NONE"}, ["it needs ApiKeyArn"]),
+        ({"AuthType": "NONE", "ApiKeyArn": "arn"}, []),
+        ({"AuthType": "NONE", "ApiKeyArn": "arn", "ReservedConcurrency": "-1"}, ["it needs ReservedConcurrency"]),
+        ({"AuthType": "NONE", "ReservedConcurrency": "-1"}, ["it needs ApiKeyArn", "it needs ReservedConcurrency"]),
+        ({"BatchQueueArn": "arn"}, ["need BatchBucket"]),
+        ({"BatchQueueArn": "arn", "BatchBucket": "b"}, []),
+    ],
+)
+def test_what_does_not_go_together_is_refused(parameters: dict[str, str], broken: list[str]) -> None:
+    values = given(**parameters)
+    said = [
+        assertion["AssertDescription"]
+        for rule in FUNCTION["Rules"].values()
+        if resolved(rule["RuleCondition"], values)
+        for assertion in rule["Assertions"]
+        if not resolved(assertion["Assert"], values)
+    ]
+    assert len(said) == len(broken)
+    assert all(part in whole for part, whole in zip(broken, said, strict=True))
+
+
+def test_the_queue_s_messages_are_answered_one_by_one() -> None:
+    mapping = only(FUNCTION, "AWS::Lambda::EventSourceMapping")
+    assert mapping["FunctionResponseTypes"] == ["ReportBatchItemFailures"]
+    assert mapping["EventSourceArn"] == {"Ref": "BatchQueueArn"}
 
 
 def test_callers_get_both_permissions_for_this_function_only() -> None:
@@ -87,6 +172,18 @@ def test_the_function_may_do_what_it_does_and_no_more() -> None:
         (None, "logs:CreateLogStream", "logs:PutLogEvents"): {"Fn::GetAtt": ["LogGroup", "Arn"]},
         (None, "sqs:SendMessage"): {"Fn::GetAtt": ["FailureQueue", "Arn"]},
         ("HasModelKmsKey", "kms:Decrypt"): {"Ref": "ModelKmsKeyArn"},
+        ("HasApiKey", "secretsmanager:GetSecretValue", "ssm:GetParameter"): {"Ref": "ApiKeyArn"},
+        ("HasApiKeyKmsKey", "kms:Decrypt"): {"Ref": "ApiKeyKmsKeyArn"},
+        ("HasPromptCache", "s3:GetObject", "s3:PutObject"): {
+            "Fn::Sub": "arn:${AWS::Partition}:s3:::${PromptCacheBucket}/${PromptCachePrefix}/*"
+        },
+        ("HasBatch", "s3:GetObject", "s3:PutObject"): {
+            "Fn::Sub": "arn:${AWS::Partition}:s3:::${BatchBucket}/results/*"
+        },
+        ("HasBatch", "s3:ListBucket"): {"Fn::Sub": "arn:${AWS::Partition}:s3:::${BatchBucket}"},
+        ("HasBatchQueue", "sqs:DeleteMessage", "sqs:GetQueueAttributes", "sqs:ReceiveMessage"): {
+            "Ref": "BatchQueueArn"
+        },
         ("HasTracing", "xray:PutTelemetryRecords", "xray:PutTraceSegments"): "*",
     }
 
@@ -133,7 +230,8 @@ def alarms() -> dict[str, Template]:
 
 
 def test_alarms_tell_the_topic() -> None:
-    assert alarms().keys() == {"ErrorAlarm", "ThrottleAlarm", "ServerErrorAlarm", "DurationAlarm", "FailureAlarm"}
+    names = {"Error", "Throttle", "ServerError", "Duration", "Failure", "ColdStart", "TokensPerSecond"}
+    assert alarms().keys() == {f"{name}Alarm" for name in names}
     for alarm in alarms().values():
         assert alarm["AlarmActions"] == {
             "Fn::If": ["HasAlarmTopic", [{"Ref": "AlarmTopicArn"}], {"Ref": "AWS::NoValue"}]
@@ -141,24 +239,31 @@ def test_alarms_tell_the_topic() -> None:
         assert alarm["TreatMissingData"] == "notBreaching"
 
 
-def test_the_dashboard_reads_what_the_function_logs(demo_model: Path) -> None:
-    """The fields of its log queries are those of real log lines."""
+def test_what_is_watched_is_what_the_function_writes(demo_model: Path) -> None:
+    """The metrics of alarms and dashboard, and the fields of its log queries, are those of real log lines."""
     body = only(FUNCTION, "AWS::CloudWatch::Dashboard")["DashboardBody"]["Fn::Sub"]
     values = {"AWS::Region": "eu-west-1", "Function": "f", "LogGroup": "/aws/lambda/f", "Timeout": "300"}
-    queries = [
-        widget["properties"]["query"]
-        for widget in json.loads(filled(body, values))["widgets"]
-        if widget["type"] == "log" and "'request'" in widget["properties"]["query"]
-    ]
+    properties = [widget["properties"] for widget in json.loads(filled(body, values))["widgets"]]
+    with Emulator({"MODEL_PATH": str(demo_model), "AWS_LAMBDA_FUNCTION_NAME": "f"}) as function:
+        for request in ({"n_predict": 3}, {"n_predict": -7}, {"stop": [" a"]}, {"n_predict": -1, "temperature": 2}):
+            function.invoke({"prompt": "Once upon a time"} | request)
+        lines = [json.loads(line) for line in function.log().splitlines() if line.startswith("{")]
+    written = {
+        metric["Name"] for line in lines if "_aws" in line for metric in line["_aws"]["CloudWatchMetrics"][0]["Metrics"]
+    }
+    fields = {name for line in lines if line.get("message") == "request" for name in line}
+    # What need not happen here: test_metrics.py has the copy, the restart and the errors.
+    known = written | {"ModelCopyTime", "ModelCopyBytes", "EngineRestarts", "ServerErrors"}
+    known |= {f"Stop{reason}" for reason in ("Eos", "Limit", "Word", "Deadline", "Cancelled")}
+    shown = {row[1] for part in properties for row in part.get("metrics", []) if row[0] == NAMESPACE}
+    assert {"TokensPerSecond", "TimeToFirstToken", "ColdStartTime", "StopWord"} <= shown & written
+    assert shown <= known
+    watched = {alarm["MetricName"] for alarm in alarms().values() if alarm.get("Namespace") == NAMESPACE}
+    assert watched == {"ColdStartTime", "TokensPerSecond"}
+    queries = [part["query"] for part in properties if "query" in part]
     assert queries
-    with Emulator({"MODEL_PATH": str(demo_model)}) as function:
-        function.invoke({"prompt": "Once", "n_predict": 3})
-        function.invoke({"prompt": "Once", "n_predict": -7})
-        logged = [json.loads(line) for line in function.log().splitlines() if '"message":"request"' in line]
-    fields = {name for line in logged for name in line}
-    assert {"tokens_predicted", "predicted_ms", "status", "stop_type", "error_code"} <= fields
     for query in queries:
-        words = set(re.findall(r"\b[a-z]+_[a-z_]+\b", query.split("|", 1)[1]))
+        words = set(re.findall(r"\b(?:[a-z]+_[a-z_]+|route|status)\b", query.split("|", 1)[1]))
         assert words
         assert words <= fields
 
