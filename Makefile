@@ -118,7 +118,7 @@ lock: setup-test ## resolve requirements/*.in again into hash-locked requirement
 	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
 	  compile dev; \
-	  for group in function model torch; do compile $$group --constraint requirements/dev.txt; done; \
+	  for group in chat function model torch; do compile $$group --constraint requirements/dev.txt; done; \
 	  compile infra; \
 	  compile test-files --no-deps
 

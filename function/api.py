@@ -22,6 +22,7 @@ from function.engine import Cancellation, Engine, EngineError, Event, RefusedErr
 from function.metrics import CONTENT_TYPE as METRICS
 from function.metrics import Metrics
 from function.model_store import ModelError
+from function.page import Page, page
 from function.schema import Answer, ApiError, CompletionRequest
 
 if TYPE_CHECKING:
@@ -63,7 +64,8 @@ class Call:
     began: float = field(default_factory=time.monotonic)
 
 
-Operation = Callable[[Mapping[str, Any], Call], dict[str, Any] | str | Generator[str]]  # JSON, a text or a stream
+Body = dict[str, Any] | str | Page | Generator[str]  # JSON, a text, the page or a stream
+Operation = Callable[[Mapping[str, Any], Call], Body]
 
 
 class Api:
@@ -92,6 +94,8 @@ class Api:
         self._resolver = LambdaFunctionUrlResolver(cors=_cors(settings))
         for (method, path), operation in self._routes.items():
             self._resolver.route(path, method=method)(_chosen(operation, path))
+        if settings.serve_page:
+            self._resolver.route("/", method="GET")(_chosen(self._page, "/"))
         self._resolver.not_found(_chosen(self._not_found, None))
 
     def http(self, event: dict[str, Any], call: Call) -> HttpReply:
@@ -112,6 +116,8 @@ class Api:
             return self._reply(200, _dump(body), call, JSON, headers)
         if isinstance(body, str):
             return self._reply(200, body, call, METRICS, headers)
+        if isinstance(body, Page):
+            return self._reply(200, body.text, call, None, headers | body.headers)
         return self._reply(200, body, call, SSE, headers | {"cache-control": "no-cache"})
 
     def invoke(self, event: object, call: Call) -> dict[str, Any]:
@@ -203,6 +209,9 @@ class Api:
         from function import openapi
 
         return openapi.document(self._settings)
+
+    def _page(self, _event: Mapping[str, Any], _call: Call) -> Page:
+        return page()
 
     def _health(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         if (state := self._engine.state) == "loading":
@@ -296,7 +305,7 @@ class Api:
 def _chosen(operation: Operation, route: str | None) -> Callable[..., Response[Operation]]:
     """A route that only says which operation it is: that runs later, when the resolver serves the next request."""
 
-    def run(event: Mapping[str, Any], call: Call) -> dict[str, Any] | str | Generator[str]:
+    def run(event: Mapping[str, Any], call: Call) -> Body:
         call.record["route"] = route
         return operation(event, call)
 
