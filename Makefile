@@ -26,6 +26,10 @@ help: ## this list
 run: cli ## serve the demo model (or MODEL_PATH) at http://localhost:8080 (or PORT)
 	@exec $(BIN)/python -m function.local
 
+.PHONY: chat
+chat: setup-chat ## talk to the local server, or to URL, in the terminal
+	@exec $(BIN)/python -m function.chat $(URL)
+
 .PHONY: cli
 cli: setup-run ## build the engine: build/out/bitnet
 	@cmake -S build/cli -B $(CMAKE_DIR) -DBUILD_TESTING=OFF >/dev/null
@@ -134,11 +138,13 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-test setup-torch setup-infra
+.PHONY: setup-run setup-test setup-chat setup-torch setup-infra
 setup-run:
 	@build/setup/setup.sh run
 setup-test:
 	@build/setup/setup.sh test
+setup-chat:
+	@build/setup/setup.sh chat
 setup-infra: setup-run
 	@[ -x $(INFRA_VENV)/bin/pip ] || $(BIN)/python -m venv $(INFRA_VENV)
 	@cmp -s requirements/infra.txt $(INFRA_VENV)/infra.txt || { \
