@@ -193,6 +193,11 @@ class Screen:
         print(self.text())
 
     def type(self, keys: str) -> None:
+        """Types once the chat listens: what comes earlier may get lost with the terminal's change of mode."""
+        eventually(lambda: self.text().rstrip().endswith(">"))
+        self.press(keys)
+
+    def press(self, keys: str) -> None:
         os.write(self._master, keys.encode())
 
     def text(self) -> str:
@@ -262,7 +267,7 @@ def test_ctrl_c_ends_the_answer_and_not_the_chat(server: Server, tmp_path: Path)
         screen.type("Tell me of a king.\r")
         screen.wait_for("I am going to tell you")
         assert server.in_flight() == 1
-        screen.type("\x03")
+        screen.press("\x03")
         screen.wait_for("stopped")
         eventually(lambda: server.in_flight() == 0)
         screen.type("half a line\x03")  # only the line

@@ -354,6 +354,37 @@ def test_an_api_key_is_sent_and_not_shown(page: Page) -> None:
     assert "secret-key" not in page.evaluate("JSON.stringify(localStorage)")
 
 
+def test_an_api_key_is_asked_for(context: BrowserContext, server: Server) -> None:
+    """With what a server that wants one answers."""
+    error = {
+        "message": "an API key is required",
+        "type": "authentication_error",
+        "code": "invalid_api_key",
+        "param": None,
+    }
+
+    def guard(route: Route) -> None:
+        if route.request.headers.get("authorization") == "Bearer right":
+            route.continue_()
+        else:
+            route.fulfill(status=401, json={"error": error})
+
+    context.route(re.compile("/props$|/completions$"), guard)
+    page = context.new_page()
+    page.goto(f"http://127.0.0.1:{server.port}/")
+    field = page.get_by_label("API key")
+    expect(field).to_be_focused()
+    expect(page.locator("#model")).to_have_text("an API key is needed")
+    ask(page, QUESTION)
+    expect(page.locator(".error")).to_have_text("An API key is required. Enter an API key in the settings.")
+    field.fill("right")
+    field.press("Enter")
+    expect(page.locator("#model")).to_contain_text("context")
+    page.locator("#settings [name=n_predict]").fill("3")
+    page.get_by_role("button", name="Retry").click()
+    expect(page.locator(".figures")).to_contain_text("3 tokens")
+
+
 def test_what_the_model_writes_is_text(page: Page) -> None:
     evil = "<img src=x onerror='window.hit=1'><script>window.hit=1</script> **bold** and `code`"
     evil += "\n```html\n<b>no</b>\n```\nend"
@@ -405,6 +436,8 @@ def test_the_policy_lets_nothing_in(context: BrowserContext, server: Server) -> 
 def test_the_keyboard_is_enough(page: Page, server: Server) -> None:
     message = page.get_by_role("textbox", name="Message")
     expect(message).to_be_focused()
+    page.evaluate("localStorage.setItem('bitnet-1', JSON.stringify({settings: {temperature: '0'}}))")  # it never ends
+    page.evaluate("dispatchEvent(new StorageEvent('storage', {key: 'bitnet-1'}))")
     page.keyboard.type("Tell me of a king.")
     page.keyboard.press("Shift+Enter")
     page.keyboard.type("And of a queen.")
