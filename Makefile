@@ -26,6 +26,10 @@ help: ## this list
 run: cli ## serve the demo model (or MODEL_PATH) at http://localhost:8080 (or PORT)
 	@exec $(BIN)/python -m function.local
 
+.PHONY: chat
+chat: setup-chat ## talk to the local server, or to URL, in the terminal
+	@exec $(BIN)/python -m function.chat $(URL)
+
 .PHONY: cli
 cli: setup-run ## build the engine: build/out/bitnet
 	@cmake -S build/cli -B $(CMAKE_DIR) -DBUILD_TESTING=OFF >/dev/null
@@ -130,7 +134,7 @@ lock: setup-test ## resolve requirements/*.in again into hash-locked requirement
 	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
 	  compile dev; \
-	  for group in function model torch; do compile $$group --constraint requirements/dev.txt; done; \
+	  for group in chat function model torch; do compile $$group --constraint requirements/dev.txt; done; \
 	  compile infra; \
 	  compile test-files --no-deps
 
@@ -146,11 +150,13 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-test setup-torch setup-infra
+.PHONY: setup-run setup-test setup-chat setup-torch setup-infra
 setup-run:
 	@build/setup/setup.sh run
 setup-test:
 	@build/setup/setup.sh test
+setup-chat:
+	@build/setup/setup.sh chat
 setup-infra: setup-run
 	@[ -x $(INFRA_VENV)/bin/pip ] || $(BIN)/python -m venv $(INFRA_VENV)
 	@cmp -s requirements/infra.txt $(INFRA_VENV)/infra.txt || { \

@@ -24,6 +24,7 @@ from function.engine import Cancellation, Engine, EngineError, Event, RefusedErr
 from function.metrics import CONTENT_TYPE as METRICS
 from function.metrics import Metrics
 from function.model_store import ModelError
+from function.page import Page, page
 from function.prompt_cache import PromptCache
 from function.schema import Answer, ApiError, CompletionRequest
 from function.structured import Grammars
@@ -68,7 +69,8 @@ class Call:
 
 
 Json = dict[str, Any] | list[dict[str, Any]]
-Operation = Callable[[Mapping[str, Any], Call], Json | str | Generator[str]]  # JSON, a text or a stream
+Body = Json | str | Page | Generator[str]  # JSON, a text, the page or a stream
+Operation = Callable[[Mapping[str, Any], Call], Body]
 
 
 class Api:
@@ -100,6 +102,8 @@ class Api:
         self._resolver = LambdaFunctionUrlResolver(cors=_cors(settings))
         for (method, path), operation in self._routes.items():
             self._resolver.route(path, method=method)(_chosen(operation, path))
+        if settings.serve_page:
+            self._resolver.route("/", method="GET")(_chosen(self._page, "/"))
         self._resolver.not_found(_chosen(self._not_found, None))
 
     def http(self, event: dict[str, Any], call: Call, *, trusted: bool = False) -> HttpReply:
@@ -125,6 +129,8 @@ class Api:
             return self._reply(200, _dump(body), call, JSON, headers)
         if isinstance(body, str):
             return self._reply(200, body, call, METRICS, headers)
+        if isinstance(body, Page):
+            return self._reply(200, body.text, call, None, headers | body.headers)
         return self._reply(200, body, call, SSE, headers | {"cache-control": "no-cache"})
 
     def invoke(self, event: object, call: Call) -> Json:
@@ -221,6 +227,9 @@ class Api:
         from function import openapi
 
         return self._api_key.document(openapi.document(self._settings))
+
+    def _page(self, _event: Mapping[str, Any], _call: Call) -> Page:
+        return page()
 
     def _health(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         if (state := self._engine.state) == "loading":
@@ -359,7 +368,7 @@ class Api:
 def _chosen(operation: Operation, route: str | None) -> Callable[..., Response[Operation]]:
     """A route that only says which operation it is: that runs later, when the resolver serves the next request."""
 
-    def run(event: Mapping[str, Any], call: Call) -> Json | str | Generator[str]:
+    def run(event: Mapping[str, Any], call: Call) -> Body:
         call.record["route"] = route
         return operation(event, call)
 

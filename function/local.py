@@ -110,7 +110,7 @@ class Server(uvicorn.Server):
 def main() -> int:
     """Serves until a signal comes. Returns 0, or 1 if the model or the port cannot be had, or 2 for a wrong setting."""
     try:
-        parts = application()
+        parts = application(is_local=True)
     except SettingsError as error:
         return _fail(str(error), 2)
     settings = parts.settings

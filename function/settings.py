@@ -46,6 +46,10 @@ def _choice(*choices: str) -> Parse:
     return check
 
 
+def _flag(name: str, text: str) -> bool:
+    return bool(_choice("true", "false")(name, text) == "true")
+
+
 def _text(_name: str, text: str) -> str:
     return text
 
@@ -144,6 +148,8 @@ class Settings:
     """That of the Function URL, which the function cannot see. RESPONSE_STREAM: answers leave as they are computed."""
     cors_allow_origins: Annotated[str, _origins] = ""
     """Origins whose pages may ask, separated by commas; `*`: all. Empty where the Function URL has CORS of its own."""
+    serve_page: Annotated[bool, _flag] = False
+    """Whether the function too answers `GET /` with a page to talk to. The local server always does."""
     host: Annotated[str, _text] = "127.0.0.1"
     """Address of the local server; 0.0.0.0 makes it reachable from other machines."""
     port: Annotated[int, _within(schema.Integer(0, 65535))] = 8080

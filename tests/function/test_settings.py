@@ -48,6 +48,7 @@ def test_every_setting_is_read() -> None:
         "BATCH_RESULTS_S3_URI": "s3://bucket/results",
         "INVOKE_MODE": "RESPONSE_STREAM",
         "CORS_ALLOW_ORIGINS": "https://a.example,http://localhost:3000",
+        "SERVE_PAGE": "true",
         "HOST": "::1",
         "PORT": "0",
         "LOG_LEVEL": "DEBUG",
@@ -55,13 +56,14 @@ def test_every_setting_is_read() -> None:
     assert environment.keys() == {field.name.upper() for field in fields(Settings)}
     settings = Settings.from_environment(environment)
     for name, text in environment.items():
-        assert str(getattr(settings, name.lower())) == text
+        assert str(getattr(settings, name.lower())) == {"true": "True"}.get(text, text)
     assert settings.model_path == Path("/m.gguf")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
+        ("SERVE_PAGE", "yes", "'SERVE_PAGE' must be one of true, false, got \"yes\""),
         ("CTX_SIZE", "-1", "'CTX_SIZE' must be from 0 to 2147483647, got -1"),
         ("CTX_SIZE", "many", "'CTX_SIZE' must be an integer, got \"many\""),
         ("TEMPERATURE", "nan", "'TEMPERATURE' must be from 0 to 100, got nan"),
