@@ -77,6 +77,7 @@ def test_done_of_a_completion(worker: Worker, bitnet: Bitnet, demo_model: Path) 
         "tokens_predicted": 20,
         "tokens_evaluated": expected["tokens_evaluated"],
         "tokens_cached": 0,
+        "cache_file": "none",
         "truncated": False,
     }
 

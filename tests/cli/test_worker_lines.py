@@ -94,6 +94,9 @@ WRONG_FIELDS: list[tuple[Event, str, str]] = [
     ({"mirostat_tau": -1}, "mirostat_tau", "mirostat_tau: must be a number from 0.0 to 100.0, got -1"),
     ({"mirostat_eta": "x"}, "mirostat_eta", "mirostat_eta: must be a number from 0.0 to 100.0"),
     ({"t_max_predict_ms": -2}, "t_max_predict_ms", "must be an integer from -1 to 2147483647, got -2"),
+    ({"cache_file": ""}, "cache_file", "cache_file: must be a path of 1 to 4000 bytes without NUL, got 0"),
+    ({"cache_file": None}, "cache_file", "cache_file: must be a string, got null"),
+    ({"cache_save": True}, "cache_save", "cache_save: needs a cache_file"),
     ({"mask": 1}, "mask", "mask: must be true or false, got 1"),
     ({"op": "cancel"}, "n_predict", "n_predict: is not a field of this request"),
 ]

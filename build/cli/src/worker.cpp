@@ -107,6 +107,12 @@ Json probabilities(std::span<const TokenProbability> list, const Tokenizer& toke
   return out;
 }
 
+std::string_view name_of(const CacheFileUse& use) {
+  if (use.invalid) return "invalid";
+  if (use.restored) return use.saved ? "restored+saved" : "restored";
+  return use.saved ? "saved" : "none";
+}
+
 Json done_event(const std::string& id, size_t index, const CompletionResult& r) {
   return {{"event", "done"},
           {"id", id},
@@ -118,6 +124,7 @@ Json done_event(const std::string& id, size_t index, const CompletionResult& r) 
           {"tokens_predicted", r.tokens.size()},
           {"tokens_evaluated", r.n_prompt},
           {"tokens_cached", r.n_cached},
+          {"cache_file", name_of(r.cache_file)},
           {"truncated", r.truncated},
           {"seed", r.seed},
           {"timings", timings(r)}};
