@@ -414,6 +414,22 @@ def test_log_probabilities_of_a_text(client: openai.OpenAI) -> None:
     assert (chosen.logprobs.top_logprobs, chosen.logprobs.token_logprobs) == (None, logprobs.token_logprobs)
 
 
+def test_log_probabilities_of_an_echoed_prompt(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "max_tokens": 2, "temperature": 0, "logprobs": 1, "echo": True}
+    (choice,) = client.completions.create(**request, prompt="Once upon a time").choices
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert choice.text.startswith("Once upon a time there")
+    assert "".join(logprobs.tokens or []) == choice.text
+    assert (logprobs.token_logprobs or [])[0] is None  # nothing foretells the beginning
+    assert all(logprob < 0 for logprob in (logprobs.token_logprobs or [])[1:])
+    assert [len(top or {}) for top in logprobs.top_logprobs or []] == [0] + [1] * (len(logprobs.tokens or []) - 1)
+    (same,) = client.completions.create(**request, prompt=choice.text).choices
+    assert same.logprobs is not None
+    written = (same.logprobs.token_logprobs or [])[: len(logprobs.tokens or [])]
+    assert written == logprobs.token_logprobs  # drawn or given, a token has the same probability
+
+
 def total_logprob(choice: CompletionChoice) -> float:
     assert choice.logprobs is not None
     return sum(choice.logprobs.token_logprobs or [])
