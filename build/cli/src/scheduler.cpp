@@ -78,7 +78,11 @@ bool Scheduler::step(const std::function<void()>& poll) {
   const bool ended = settle();
   admit();
   const std::vector<Slot*> slots = plan();
-  if (!slots.empty()) compute(slots, poll);
+  try {
+    if (!slots.empty()) compute(slots, poll);
+  } catch (const std::exception& e) {  // no memory for the batch
+    for (const Slot* slot : slots) fail(slot->ticket, e);
+  }
   settle();
   return ended || !slots.empty();
 }
@@ -239,13 +243,13 @@ void Scheduler::draw(Slot& slot) {
   Sequence& sequence = *slot.sequence;
   while (!sequence.over() && !sequence.waits_for_mask()) {
     const bool has_output = slot.n_used < slot.n_outputs;
-    const std::optional<TokenId> forced = sequence.forced();
-    if (!has_output && (!forced || sequence.request().wants_probabilities())) break;
-    if (has_output)
-      draw_one(sequence, slot.first_output + slot.n_used);
-    else
+    if (!has_output) {
+      const std::optional<TokenId> forced = sequence.forced();
+      if (!forced || sequence.request().wants_probabilities()) break;  // which only its output tells
       sequence.accept(*forced);
-    if (!has_output) continue;
+      continue;
+    }
+    draw_one(sequence, slot.first_output + slot.n_used);
     const TokenId token = sequence.history().back();
     if (!sequence.over() && slot.n_used < slot.draft.size() && slot.draft[slot.n_used] == token) {
       slot.n_used++;
