@@ -25,6 +25,7 @@ from function.batch import BatchError
 from function.handler import application, lambda_handler
 from function.settings import ROOT
 from tests.infra.templates import Template, filled, only, template
+from tests.infra.test_stacks import create
 
 pytestmark = pytest.mark.usefixtures("engine_path")
 
@@ -218,3 +219,57 @@ def test_a_function_that_cannot_work_is_tried_again_and_fails_in_the_end(
     assert run(definition(), [{"prompt": "Once"}], "broken") == {"succeeded": 0, "failed": 1}
     assert len(invocations) == 4
     assert results("broken") == []
+
+
+@pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")
+def test_messages_of_a_queue(invocations: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some come twice, some are poisoned, at first the function cannot work: none is lost and none is done twice."""
+    assert invocations == []  # no state machine is in this
+    outputs = create("batch", template("batch"))
+    sqs: Any = boto3.client("sqs")
+    url = outputs["QueueUrl"]
+    requests = [POISON[n // 9 % 2] if n % 9 == 0 else {"prompt": f"Tale {n}", "n_predict": 1} for n in range(60)]
+    bodies = {sqs.send_message(QueueUrl=url, MessageBody=json.dumps(r))["MessageId"]: r for r in requests}
+
+    order, again = list(bodies), set[int]()
+
+    def deliver() -> int:
+        """Does with a batch of messages what Lambda does, and returns how many there were."""
+        messages = sqs.receive_message(QueueUrl=url, MaxNumberOfMessages=10).get("Messages", [])
+        records = [
+            {
+                "messageId": m["MessageId"],
+                "body": m["Body"],
+                "eventSource": "aws:sqs",
+                "eventSourceARN": outputs["QueueArn"],
+            }
+            for m in messages
+        ]
+        failed = handle({"Records": records})["batchItemFailures"] if records else []
+        for message in messages:
+            number = order.index(message["MessageId"])
+            receipt = {"QueueUrl": url, "ReceiptHandle": message["ReceiptHandle"]}
+            if {"itemIdentifier": message["MessageId"]} in failed or (number % 3 == 0 and number not in again):
+                sqs.change_message_visibility(**receipt, VisibilityTimeout=0)
+                again.add(number)
+            else:
+                sqs.delete_message(**receipt)
+        return len(messages)
+
+    monkeypatch.setenv("MODEL_PATH", "/nowhere/m.gguf")
+    assert deliver() == 10
+    monkeypatch.delenv("MODEL_PATH")
+    application.cache_clear()
+    while deliver():
+        pass
+    assert len(again) > 20
+    assert sqs.receive_message(QueueUrl=outputs["DeadLetterQueueUrl"]).get("Messages", []) == []
+    found = {
+        entry.key.rsplit("/", 1)[1].removesuffix(".jsonl"): json.loads(entry.get()["Body"].read())
+        for entry in boto3.resource("s3").Bucket(BUCKET).objects.filter(Prefix="results/queue/")
+    }
+    assert found.keys() == bodies.keys()
+    for message, line in found.items():
+        assert line["response"]["status_code"] == (400 if bodies[message] in POISON else 200)
+    computed = application().api._metrics._requests["/completion", 200]
+    assert computed == sum(line["response"]["status_code"] == 200 for line in found.values())
