@@ -63,7 +63,7 @@ class Stream:
     call: Call
 
 
-def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | Stream:
+def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | list[dict[str, Any]] | Stream:
     """What Lambda calls, with an HTTP request, a batch, or a direct invocation.
 
     Where the Function URL has INVOKE_MODE=RESPONSE_STREAM, every answer to it is a `Stream`, which `function.runtime`

@@ -60,7 +60,7 @@ def test_there_are_examples_for_curl() -> None:
 def test_python(server: Server) -> None:
     (example,) = examples("python")
     result = subprocess.run([sys.executable, "-c", here(example, server)], capture_output=True, text=True, check=True)
-    assert len(result.stdout) > 10
+    assert result.stdout
 
 
 def test_javascript(server: Server) -> None:

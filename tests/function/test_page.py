@@ -27,7 +27,7 @@ def get() -> tuple[int, dict[str, str], str]:
     """`GET /` of a Function URL."""
     context = LambdaContext("request-1", None, None, int(time.time() * 1000) + 60_000)
     reply = lambda_handler(url_event("", path="/", method="GET"), context)
-    assert not isinstance(reply, Stream)
+    assert not isinstance(reply, Stream | list)
     return reply["statusCode"], reply["headers"], reply["body"]
 
 

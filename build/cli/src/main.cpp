@@ -401,6 +401,9 @@ struct Bench {
                                             std::tuple{"--predict-tokens", &options.predict_tokens, "0: no decode"},
                                             std::tuple{"--depth", &options.depth, "positions already filled"}})
       c.add_option(name, *value, help)->transform(in_range<size_t>(0, kMaxCount))->capture_default_str();
+    c.add_option("--sequences", options.sequences, "texts that grow side by side, a token each at a time")
+        ->transform(in_range<size_t>(1, kMaxParallel))
+        ->capture_default_str();
     c.add_option("--repetitions", options.repetitions, "the median is reported")
         ->transform(in_range<size_t>(1, 1000))
         ->capture_default_str();
