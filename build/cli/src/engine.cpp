@@ -1,6 +1,8 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <chrono>
+#include <memory>
 
 #include "error.h"
 #include "machine.h"
@@ -16,8 +18,51 @@ size_t checked_context(const EngineOptions& options, const Config& config) {
   return options.n_ctx;
 }
 
-size_t checked_threads(const EngineOptions& options) {
+// At most: a trial may show that fewer are faster.
+size_t most_threads(const EngineOptions& options) {
   return std::min(options.n_threads ? options.n_threads : usable_processors(), kMaxThreads);
+}
+
+// The number of threads that is fastest here and now. Processors that the system counts need not be cores, nor wholly
+// ours: so a few are tried with the first layers of the model itself, in turn, for 50 ms at most. Fewer threads win a
+// tie; they leave more to others.
+size_t fastest_threads(const EngineOptions& options, Model& model) {
+  const size_t most = most_threads(options);
+  if (options.n_threads > 0 || most == 1) return most;
+  constexpr size_t kLayers = 2, kRounds = 8;
+  constexpr auto kLimit = std::chrono::milliseconds(50);
+  constexpr double kWorthIt = 0.97;  // of the time with fewer threads
+  struct Trial {
+    Trial(Model& model, const EngineOptions& options, size_t n_threads)
+        : pool(n_threads),
+          transformer(model, kernels_for(options.isa), pool, 1),
+          cache(model.config(), kChunkPositions, options.kv_type) {}
+    void run() {
+      const BatchToken token{0, 0, &cache, false};
+      size_t layers = 0;
+      transformer.forward({&token, 1}, [&] { return layers++ == kLayers; });
+    }
+    ThreadPool pool;
+    Transformer transformer;
+    KvCache cache;
+    std::chrono::steady_clock::duration time{0};
+  };
+  std::vector<std::unique_ptr<Trial>> trials;  // from few threads to many
+  for (const size_t n : {most / 2, most - most / 4, most})
+    if (n > 0 && (trials.empty() || n > trials.back()->pool.size()))
+      trials.push_back(std::make_unique<Trial>(model, options, n));
+  const auto start = std::chrono::steady_clock::now();
+  for (size_t round = 0; round <= kRounds && std::chrono::steady_clock::now() - start < kLimit; round++)
+    for (const auto& trial : trials) {
+      const auto before = std::chrono::steady_clock::now();
+      trial->run();
+      if (round > 0) trial->time += std::chrono::steady_clock::now() - before;  // the first one finds no pages
+    }
+  const Trial* best = trials.front().get();
+  for (const auto& trial : trials)
+    if (static_cast<double>(trial->time.count()) < kWorthIt * static_cast<double>(best->time.count()))
+      best = trial.get();
+  return best->pool.size();
 }
 
 // How many completions run at a time. What does not fit is said before anything large is touched: an allocation
@@ -25,7 +70,7 @@ size_t checked_threads(const EngineOptions& options) {
 size_t checked_parallel(const EngineOptions& options, const Model& model, size_t n_ctx) {
   const size_t weights = model.memory_bytes(kernels_for(options.isa));
   const size_t cache = KvCache::bytes(model.config(), n_ctx, options.kv_type);
-  const size_t buffers = Transformer::buffer_bytes(model.config(), options.batch_size, n_ctx, checked_threads(options));
+  const size_t buffers = Transformer::buffer_bytes(model.config(), options.batch_size, n_ctx, most_threads(options));
   const size_t n = std::max<size_t>(options.n_parallel, 1);
   const size_t memory = available_memory(), addresses = available_address_space();
   const auto mib = [](size_t bytes) { return std::to_string((bytes + (size_t{1} << 20) - 1) >> 20) + " MiB"; };
@@ -63,7 +108,7 @@ Engine::Engine(const EngineOptions& options)
       kv_type(options.kv_type),
       isa(options.isa),
       n_parallel(checked_parallel(options, model, n_ctx)),
-      pool(checked_threads(options)),
+      pool(fastest_threads(options, model)),
       transformer(model, kernels_for(options.isa), pool, options.batch_size) {}
 
 }  // namespace bitnet

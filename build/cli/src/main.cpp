@@ -101,7 +101,7 @@ struct ModelOptions {
     command.add_option("--model,-m", engine.model_path, "GGUF file")->required();
     command.add_option("--ctx-size,-c", engine.n_ctx, "positions of context; default: the model's, at most 2048")
         ->transform(in_range<size_t>(1, kMaxCount));
-    command.add_option("--threads,-t", engine.n_threads, "default: the processors this process may use")
+    command.add_option("--threads,-t", engine.n_threads, "default: what a trial of 50 ms shows to be the fastest")
         ->transform(in_range<size_t>(1, kMaxThreads));
     command.add_option("--batch-size", engine.batch_size, "prompt tokens computed together; changes no result")
         ->transform(in_range<size_t>(1, 1024))

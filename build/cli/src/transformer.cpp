@@ -131,7 +131,6 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
 // Section 3 of the model's description, block after block.
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
-  if (n_passes_++ > 0) model_.settle(pool_, kernels_);
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_);
   group_tokens(batch);
@@ -161,6 +160,7 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     add_to_residual();
   }
   norm_outputs(batch);
+  if (n_passes_++ > 0) model_.settle(pool_, kernels_);  // the first token is not kept waiting
   return true;
 }
 
