@@ -46,7 +46,8 @@ struct MaskRequest {
 
 struct Request {
   std::string id;
-  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, VocabularyRequest, CancelRequest, MaskRequest> body;
+  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, VocabularyRequest, CancelRequest, MaskRequest>
+      body;
 };
 
 // `received` is when the line was read: timeouts count from there. Throws RequestError; `id` is set as soon as it is
