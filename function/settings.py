@@ -110,7 +110,7 @@ class Settings:
     """Threads of the engine. 0: on Lambda as many as the memory setting pays for, elsewhere the engine's own choice."""
     parallel: Annotated[int, _within(schema.Integer(0, 64))] = 0
     """Sequences that the engine computes at the same time. 0: its own choice, by the memory there is."""
-    kv_type: Annotated[str, _choice("f16", "f32")] = "f16"
+    kv_type: Annotated[str, _choice("f16", "f32", "i8")] = "f16"
     """Type of the K and V cache."""
 
     n_predict: Annotated[int, _within(schema.N_PREDICT)] = 128

@@ -68,7 +68,7 @@ def test_every_setting_is_read() -> None:
         ("CTX_SIZE", "many", "'CTX_SIZE' must be an integer, got \"many\""),
         ("TEMPERATURE", "nan", "'TEMPERATURE' must be from 0 to 100, got nan"),
         ("TEMPERATURE", "warm", "'TEMPERATURE' must be a number, got \"warm\""),
-        ("KV_TYPE", "f64", "'KV_TYPE' must be one of f16, f32, got \"f64\""),
+        ("KV_TYPE", "f64", "'KV_TYPE' must be one of f16, f32, i8, got \"f64\""),
         ("INVOKE_MODE", "STREAM", "'INVOKE_MODE' must be one of BUFFERED, RESPONSE_STREAM, got \"STREAM\""),
         ("CORS_ALLOW_ORIGINS", "a.example", "'CORS_ALLOW_ORIGINS' must be * or origins such as https://example.org"),
         ("CORS_ALLOW_ORIGINS", "https://a.example/page", "separated by commas, got"),

@@ -113,7 +113,7 @@ struct ModelOptions {
           return supported(isa) ? std::string() : "this processor does not have " + std::string(name_of(isa));
         });
     command.add_option("--kv-type", engine.kv_type, "how keys and values are kept; default: f16")
-        ->transform(one_of<CacheType>({CacheType::kF16, CacheType::kF32}));
+        ->transform(one_of<CacheType>({std::begin(kCacheTypes), std::end(kCacheTypes)}));
   }
 };
 
@@ -364,9 +364,9 @@ struct Info {
     const Config& c = model.config();
     std::printf("\nparameters %zu, weights read for a token %zu bytes\n", model.n_params(),
                 model.bytes_per_token(kernels_for(best_isa())));
-    for (const CacheType type : {CacheType::kF16, CacheType::kF32})
+    for (const CacheType type : kCacheTypes)
       std::printf("KV cache (%s) %zu bytes a position, %zu for %zu\n", std::string(name_of(type)).c_str(),
-                  KvCache::bytes_per_position(c, type), c.n_ctx * KvCache::bytes_per_position(c, type), c.n_ctx);
+                  KvCache::bytes_per_position(c, type), KvCache::bytes(c, c.n_ctx, type), c.n_ctx);
     const EngineOptions defaults;
     std::printf("this processor: %s kernels, %zu threads\n", std::string(name_of(defaults.isa)).c_str(),
                 usable_processors());
