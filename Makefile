@@ -16,6 +16,8 @@ CHECKPOINT ?= $(OUT)/demo-checkpoint
 TORCH := torch==2.13.0
 TORCH_VENV := $(OUT)/venv-torch
 INFRA_VENV := $(OUT)/venv-infra
+SBOM_VENV := $(OUT)/venv-sbom
+SAM_VENV := $(OUT)/venv-sam
 INFRA_TEMPLATES := $(OUT)/template.json $(wildcard infra/*.yaml)
 
 .PHONY: help
@@ -25,6 +27,10 @@ help: ## this list
 .PHONY: run
 run: cli ## serve the demo model (or MODEL_PATH) at http://localhost:8080 (or PORT)
 	@exec $(BIN)/python -m function.local
+
+.PHONY: chat
+chat: setup-chat ## talk to the local server, or to URL, in the terminal
+	@exec $(BIN)/python -m function.chat $(URL)
 
 .PHONY: cli
 cli: setup-run ## build the engine: build/out/bitnet
@@ -90,12 +96,63 @@ logs: ## what the image that serves has logged
 stats: ## what the image that serves takes of processor and memory
 	@$(CONTAINER_RUN) stats --no-stream $(NAME)
 
+.PHONY: pin
+pin: ## write the digests of the bases into build/Dockerfile (pulls them)
+	@build/image/pin.sh
+
+.PHONY: sbom
+sbom: setup-sbom ## what IMAGE consists of: build/out/sbom.cdx.json (CycloneDX)
+	@$(CONTAINER_RUN) image inspect $(IMAGE) >/dev/null 2>&1 || $(MAKE) image
+	@$(SBOM_VENV)/bin/python build/image/sbom.py $(IMAGE) $(OUT)/sbom.cdx.json
+
 .PHONY: test-image
-test-image: setup-test ## build the image and try it in containers (docker or podman; minutes, the first time more)
+test-image: setup-image setup-sbom ## build the image and try it in containers (docker or podman; minutes, the first time more)
 	@args=$$(tests/image/bases.sh); base=$${args##*=}; \
 	  $(MAKE) image IMAGE=bitnet-lambda-test BUILD_ARGS="$$args"; \
-	  IMAGE=bitnet-lambda-test BASE="$${base:-$$(sed -n 's/^ARG PYTHON_IMAGE=//p' build/Dockerfile)}" \
+	  SBOM_PYTHON=$(SBOM_VENV)/bin/python IMAGE=bitnet-lambda-test BASE="$${base:-$$(sed -n 's/^ARG PYTHON_IMAGE=//p' build/Dockerfile)}" \
 	    $(BIN)/python -m pytest tests/image $(PYTEST_ARGS)
+
+.PHONY: test-sam
+test-sam: setup-image setup-sam ## `sam build` and `sam local invoke` with events/*.json (docker or podman)
+	@args=$$(tests/image/bases.sh); \
+	  SAM=$(SAM_VENV)/bin/sam STANDIN=$${args##*=} $(BIN)/python -m pytest tests/image/test_sam.py $(PYTEST_ARGS)
+
+# The model, from the Hugging Face hub (REPOSITORY, HUB_FILE, REVISION, SHA256) or a file of your own (GGUF), to ./models and S3.
+FROM_HUB = $(if $(REPOSITORY),--repository '$(REPOSITORY)') $(if $(HUB_FILE),--file '$(HUB_FILE)') \
+    $(if $(REVISION),--revision '$(REVISION)') $(if $(SHA256),--sha256 '$(SHA256)')
+MODEL_FILE ?= $(or $(GGUF),models/$(notdir $(or $(HUB_FILE),ggml-model-i2_s.gguf)))
+
+.PHONY: download
+download: setup-hub ## download the model to ./models (1.19 GB; no AWS account needed)
+	@$(BIN)/python build/model/download.py $(FROM_HUB)
+
+.PHONY: verify-model
+verify-model: cli ## is MODEL_FILE (default: what `make download` gives) what it should be? Size, tensors, perplexity, answers, speed
+	@$(BIN)/python build/model/verify.py $(MODEL_FILE) $(if $(EXPECTATIONS),--expectations $(EXPECTATIONS))
+
+.PHONY: model
+model: setup-hub cli ## download, verify and pack the model and upload it to BUCKET (default: that of infra/model-bucket.yaml)
+	@bucket=$(or $(BUCKET),$$($(DEPLOY) bucket)); \
+	  $(BIN)/python build/model/publish.py --bucket "$$bucket" $(if $(KEY),--key '$(KEY)') \
+	    $(if $(OUTPUT_BITS),--output-bits $(OUTPUT_BITS)) $(if $(GGUF),--gguf '$(GGUF)',$(FROM_HUB))
+
+# Stacks, registry, image and function, in the account and region that boto3 finds.
+STACKS ?= bitnet
+PARAMETERS ?=
+DEPLOY = $(BIN)/python infra/deploy.py --prefix $(STACKS)
+
+.PHONY: deploy
+deploy: image ## bucket, model, registry, image and function (PARAMETERS="MemorySize=5120 …"); does what differs, prints a line for curl
+	@model=$$($(MAKE) model | tail -n 1); \
+	  $(DEPLOY) function --model "$$model" --image $(IMAGE) $(PARAMETERS)
+
+.PHONY: destroy
+destroy: setup-run ## delete the function's stack, after asking; ALL=1: those of registry and bucket too, which stay themselves
+	@$(DEPLOY) destroy $(if $(ALL),--all) $(if $(YES),--yes)
+
+.PHONY: smoke
+smoke: setup-run ## is the API at URL right? One line an example; API_KEY in the environment, or AWS credentials, as the URL wants
+	@$(BIN)/python -m function.smoke $(or $(URL),http://127.0.0.1:$(PORT)) $(SMOKE_ARGS)
 
 .PHONY: check-infra
 check-infra: setup-test setup-infra cli ## the workflows, and the templates: expanded, linted, scanned, tested, made into stacks in moto
@@ -130,8 +187,8 @@ lock: setup-test ## resolve requirements/*.in again into hash-locked requirement
 	@compile() { $(BIN)/uv pip compile --quiet --upgrade --universal --generate-hashes --python-version 3.11 \
 	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
 	  compile dev; \
-	  for group in function model torch; do compile $$group --constraint requirements/dev.txt; done; \
-	  compile infra; \
+	  for group in chat function hub model torch; do compile $$group --constraint requirements/dev.txt; done; \
+	  for group in infra sam sbom; do compile $$group; done; \
 	  compile test-files --no-deps
 
 .PHONY: demo-model
@@ -146,16 +203,23 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-test setup-torch setup-infra
+.PHONY: setup-run setup-hub setup-test setup-image setup-chat setup-torch setup-infra setup-sbom setup-sam
 setup-run:
 	@build/setup/setup.sh run
+setup-hub:
+	@build/setup/setup.sh hub
 setup-test:
 	@build/setup/setup.sh test
-setup-infra: setup-run
-	@[ -x $(INFRA_VENV)/bin/pip ] || $(BIN)/python -m venv $(INFRA_VENV)
-	@cmp -s requirements/infra.txt $(INFRA_VENV)/infra.txt || { \
-	    $(INFRA_VENV)/bin/pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r requirements/infra.txt; \
-	    cp requirements/infra.txt $(INFRA_VENV)/; }
+setup-chat:
+	@build/setup/setup.sh chat
+setup-image:
+	@build/setup/setup.sh image
+# Tools with dependencies that would disagree with the function's, each in a virtual environment of its own.
+setup-infra setup-sbom setup-sam: setup-%: setup-test
+	@[ -x $(OUT)/venv-$*/bin/python ] || $(BIN)/python -m venv --without-pip $(OUT)/venv-$*
+	@cmp -s requirements/$*.txt $(OUT)/venv-$*/$*.txt || { \
+	    $(BIN)/uv pip install --quiet --python $(OUT)/venv-$* --require-hashes --only-binary :all: -r requirements/$*.txt; \
+	    cp requirements/$*.txt $(OUT)/venv-$*/; }
 setup-torch: setup-run
 	@[ -x $(TORCH_VENV)/bin/pip ] || $(BIN)/python -m venv $(TORCH_VENV)
 	@$(TORCH_VENV)/bin/pip install --quiet --require-hashes --no-deps -r requirements/torch.txt

@@ -10,20 +10,24 @@ import re
 import threading
 import time
 import traceback
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NoReturn, TypedDict
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
 
 from aws_lambda_powertools.event_handler import CORSConfig, LambdaFunctionUrlResolver, Response
 
-from function import chat_template, openai, schema
+from function import chat_template, openai, schema, tools
 from function.auth import ApiKey
 from function.engine import Cancellation, Engine, EngineError, Event, RefusedError
 from function.metrics import CONTENT_TYPE as METRICS
 from function.metrics import Metrics
 from function.model_store import ModelError
+from function.page import Page, page
+from function.prompt_cache import PromptCache
 from function.schema import Answer, ApiError, CompletionRequest
+from function.structured import Grammars
 
 if TYPE_CHECKING:
     from function.settings import Settings
@@ -36,7 +40,6 @@ JSON_TYPE = re.compile(  # curl -d says of any body that it is a form
     r"""\s*(application/(.+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(;\s*charset="?(utf-8|us-ascii)"?\s*)?""",
     re.IGNORECASE,
 )
-KNOWN_FIELDS = schema.KNOWN_FIELDS | openai.KNOWN_FIELDS
 CORS_MAX_AGE_S = 86_400
 RETRY_AFTER_S = 1
 HUNG_UP = 499  # logged as nginx does; nobody is there to receive it
@@ -60,11 +63,14 @@ class Call:
     prompt_field: str = "prompt"  # of the request
     cancellation: Cancellation = field(default_factory=Cancellation)
     record: dict[str, Any] = field(default_factory=dict)
+    afterwards: Callable[[], None] | None = None  # done when all of a stream has left
     failure: ApiError | None = None  # what the answer says instead, or at its end if it is a stream
     began: float = field(default_factory=time.monotonic)
 
 
-Operation = Callable[[Mapping[str, Any], Call], dict[str, Any] | str | Generator[str]]  # JSON, a text or a stream
+Json = dict[str, Any] | list[dict[str, Any]]
+Body = Json | str | Page | Generator[str]  # JSON, a text, the page or a stream
+Operation = Callable[[Mapping[str, Any], Call], Body]
 
 
 class Api:
@@ -73,6 +79,8 @@ class Api:
     def __init__(self, settings: Settings, engine: Engine, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self._engine = engine
+        self._grammars = Grammars(engine)
+        self._prompt_cache = PromptCache(settings)
         self._metrics = metrics or Metrics()
         self._api_key = ApiKey(settings)
         self._created = int(time.time())
@@ -94,6 +102,8 @@ class Api:
         self._resolver = LambdaFunctionUrlResolver(cors=_cors(settings))
         for (method, path), operation in self._routes.items():
             self._resolver.route(path, method=method)(_chosen(operation, path))
+        if settings.serve_page:
+            self._resolver.route("/", method="GET")(_chosen(self._page, "/"))
         self._resolver.not_found(_chosen(self._not_found, None))
 
     def http(self, event: dict[str, Any], call: Call, *, trusted: bool = False) -> HttpReply:
@@ -115,13 +125,15 @@ class Api:
         except Exception as error:
             failure = _api_error(error, call)
             return self._reply(failure.status, _dump(failure.body()), call, JSON, headers | failure.headers)
-        if isinstance(body, dict):
+        if isinstance(body, dict | list):
             return self._reply(200, _dump(body), call, JSON, headers)
         if isinstance(body, str):
             return self._reply(200, body, call, METRICS, headers)
+        if isinstance(body, Page):
+            return self._reply(200, body.text, call, None, headers | body.headers)
         return self._reply(200, body, call, SSE, headers | {"cache-control": "no-cache"})
 
-    def invoke(self, event: object, call: Call) -> dict[str, Any]:
+    def invoke(self, event: object, call: Call) -> Json:
         """Answers a direct invocation, whose payload is the body of `/completion`, with the same JSON, less the HTTP.
 
         A failure is returned, not raised: `{"error": {…, "status"}}` with the status that HTTP would have had.
@@ -146,24 +158,23 @@ class Api:
         self._finish(call, 200)
         return body
 
-    def _completion(self, event: Mapping[str, Any], call: Call) -> dict[str, Any] | Generator[str]:
+    def _completion(self, event: Mapping[str, Any], call: Call) -> Json | Generator[str]:
         request = schema.parse_completion(schema.parse_object(_body(event)), self._settings)
         return self._answer(request, schema.LlamaAnswer(request), call)
 
-    def _text_completion(self, event: Mapping[str, Any], call: Call) -> dict[str, Any] | Generator[str]:
+    def _text_completion(self, event: Mapping[str, Any], call: Call) -> Json | Generator[str]:
         request = openai.parse_text(schema.parse_object(_body(event)), self._settings)
         self._named(request.model, call)
-        return self._answer(
-            request.completion, openai.TextAnswer(f"cmpl-{call.request_id}", request.include_usage), call
-        )
+        echoes = [self._text(prompt, call) for prompt in request.completion.prompts] if request.echo else []
+        return self._answer(request.completion, openai.TextAnswer(f"cmpl-{call.request_id}", request, echoes), call)
 
-    def _chat_completion(self, event: Mapping[str, Any], call: Call) -> dict[str, Any] | Generator[str]:
+    def _chat_completion(self, event: Mapping[str, Any], call: Call) -> Json | Generator[str]:
         call.prompt_field = "messages"
         request = openai.parse_chat(schema.parse_object(_body(event)), self._settings)
         ready = self._named(request.model, call)
         prompt = chat_template.tokens(request.messages, ready["bos"], ready["eot"])
-        answer = openai.ChatAnswer(f"chatcmpl-{call.request_id}", request.include_usage)
-        return self._answer(replace(request.completion, prompt=prompt), answer, call)
+        answer = openai.ChatAnswer(f"chatcmpl-{call.request_id}", request)
+        return self._answer(replace(request.completion, prompts=(prompt,)), answer, call)
 
     def _models(self, _event: Mapping[str, Any], call: Call) -> dict[str, Any]:
         name = self._engine.describe(call.deadline)["model"]["name"]
@@ -175,10 +186,13 @@ class Api:
 
     def _tokenize(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
         kinds = schema.tokenize_kinds(self._settings)
-        given = schema.check(schema.parse_object(_body(event)), kinds, ["content"], schema.TOKENIZE_NEUTRAL)
+        given = schema.check(schema.parse_object(_body(event)), kinds, ["content"])
         add_bos, special = given.get("add_special", False), given.get("parse_special", False)
         tokens = self._engine.tokenize(given["content"], add_bos=add_bos, special=special, deadline=call.deadline)
-        return {"tokens": tokens}
+        if not given.get("with_pieces"):
+            return {"tokens": tokens}
+        pieces = self._grammars.vocabulary(call.deadline).tokens
+        return {"tokens": [{"id": token, "piece": _piece(pieces[token])} for token in tokens]}
 
     def _detokenize(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
         given = schema.check(schema.parse_object(_body(event)), schema.DETOKENIZE_KINDS, ["tokens"])
@@ -187,14 +201,17 @@ class Api:
     def _apply_template(self, event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         kinds = openai.template_kinds(self._settings)
         given = schema.check(schema.parse_object(_body(event)), kinds, ["messages"])
-        return {"prompt": chat_template.text(given["messages"])}
+        messages = given["messages"]
+        if functions := given.get("tools"):
+            messages = openai.with_instructions(messages, tools.instructions(functions, required=False, several=True))
+        return {"prompt": chat_template.text(messages)}
 
     def _props(self, _event: Mapping[str, Any], call: Call) -> dict[str, Any]:
         ready = self._engine.describe(call.deadline)
-        defaults = schema.completion_request({"prompt": ""}, self._settings).generation_settings(-1)
+        defaults = schema.completion_request({"prompts": ("",)}, self._settings).generation_settings(-1)
         return {
             "default_generation_settings": {"n_ctx": ready["n_ctx"], "params": defaults},
-            "total_slots": 1,
+            "total_slots": ready["n_parallel"],
             "model_path": ready["model"]["path"],
             "chat_template": chat_template.JINJA,
             "bos_token": chat_template.BEGIN,
@@ -210,6 +227,9 @@ class Api:
         from function import openapi
 
         return self._api_key.document(openapi.document(self._settings))
+
+    def _page(self, _event: Mapping[str, Any], _call: Call) -> Page:
+        return page()
 
     def _health(self, _event: Mapping[str, Any], _call: Call) -> dict[str, Any]:
         if (state := self._engine.state) == "loading":
@@ -234,36 +254,79 @@ class Api:
             raise ApiError(404, "model_not_found", message, param="model")
         return ready
 
-    def _answer(self, request: CompletionRequest, answer: Answer, call: Call) -> dict[str, Any] | Generator[str]:
+    def _answer(self, request: CompletionRequest, answer: Answer, call: Call) -> Json | Generator[str]:
         if not request.stream:
             return self._whole(request, answer, call)
         events = self._events(request, call)
         first = next(events)  # what is refused, is refused before the stream begins
-        return self._stream(first, events, answer, call)
+        return self._stream(first, events, answer, request.n, call)
 
-    def _whole(self, request: CompletionRequest, answer: Answer, call: Call) -> dict[str, Any]:
-        (done,) = self._events(request, call)
-        call.record |= _statistics(done, call)
+    def _whole(self, request: CompletionRequest, answer: Answer, call: Call) -> Json:
+        done = sorted(self._events(request, call), key=lambda event: event["index"])
+        call.record |= _statistics(done, request.n, call)
         return answer.whole(done, self._engine.model_name)
 
     def _events(self, request: CompletionRequest, call: Call) -> Generator[Event]:
-        return self._engine.complete(request.for_engine(), deadline=call.deadline, cancellation=call.cancellation)
+        """What the worker says of the completions, but for masks."""
+        ready = self._engine.describe(call.deadline)
+        biases = self._biases(request, call)
+        asked = request.for_engine(biases, ready["add_bos"])
+        entry = None
+        if request.prompt_cache_key and request.cache_prompt and len(asked) == 1:
+            entry = self._prompt_cache.open(request.prompt_cache_key, ready)
+            asked[0] |= entry.for_engine() if entry else {}
+        mask = None
+        if request.structure is not None:
+            force = not (request.n_probs or request.logprobs)
+            mask = self._grammars.compile(request.structure, call.deadline, force=force)
+        for event in self._engine.complete(asked, mask=mask, deadline=call.deadline, cancellation=call.cancellation):
+            yield event
+            if entry is not None and event["event"] == "done":
+                call.record["cache_file"] = event["cache_file"]
+                call.afterwards = partial(self._prompt_cache.close, entry, event)
+                entry = None
 
-    def _stream(self, first: Event, rest: Generator[Event], answer: Answer, call: Call) -> Generator[str]:
+    def _biases(self, request: CompletionRequest, call: Call) -> dict[int, float | Literal[False]]:
+        """`logit_bias` by token: that of a text is each of its tokens', and what is said twice adds up."""
+        biases: dict[int, float | Literal[False]] = {}
+        for token, bias in request.logit_bias:
+            tokens = [token] if isinstance(token, int) else self._tokens(token, call)
+            for each in tokens:
+                before = biases.get(each, 0.0)
+                biases[each] = False if bias is False or before is False else before + bias
+        if len(biases) > schema.MAX_LOGIT_BIASES:
+            message = f"'logit_bias' must have at most {schema.MAX_LOGIT_BIASES} tokens, got {len(biases)}"
+            raise schema.invalid(message, param="logit_bias", code="too_long")
+        return biases
+
+    def _tokens(self, text: str, call: Call) -> list[int]:
+        return self._engine.tokenize(text, add_bos=False, special=False, deadline=call.deadline)
+
+    def _text(self, prompt: schema.Prompt, call: Call) -> str:
+        """The text of a prompt, whatever it is made of."""
+        if isinstance(prompt, str):
+            return prompt
+        tokens = [self._tokens(part, call) if isinstance(part, str) else [part] for part in prompt]
+        return self._engine.detokenize(list(itertools.chain.from_iterable(tokens)), call.deadline)
+
+    def _stream(self, first: Event, rest: Generator[Event], answer: Answer, n: int, call: Call) -> Generator[str]:
         """The text of server-sent events. Closing it cancels the computation."""
         status = HUNG_UP
         model = self._engine.model_name
+        done: list[Event] = []
         try:
             with closing(rest):
                 for body in answer.opening(model):
                     yield _sse(body)
                 for event in itertools.chain([first], rest):
-                    if event["event"] == "token":
-                        yield _sse(answer.piece(event, model))
-                    else:
-                        call.record |= _statistics(event, call)
-                        for body in answer.closing(event, model):
-                            yield _sse(body)
+                    if event["event"] == "done":
+                        done.append(event)
+                    for body in (answer.piece if event["event"] == "token" else answer.last)(event, model):
+                        yield _sse(body)
+            done.sort(key=lambda event: event["index"])
+            call.record |= _statistics(done, n, call)
+            for body in answer.closing(done, model):
+                yield _sse(body)
             if answer.end:
                 yield answer.end
             status = 200
@@ -293,6 +356,8 @@ class Api:
 
     def _finish(self, call: Call, status: int) -> None:
         """Counts the request and logs its one line. Nothing that the user wrote is in it, nor what was answered."""
+        if call.afterwards:
+            call.afterwards()
         self._metrics.count(status, call.record, call.request_id)
         duration_ms = round((time.monotonic() - call.began) * 1e3, 1)
         logger.info(
@@ -303,7 +368,7 @@ class Api:
 def _chosen(operation: Operation, route: str | None) -> Callable[..., Response[Operation]]:
     """A route that only says which operation it is: that runs later, when the resolver serves the next request."""
 
-    def run(event: Mapping[str, Any], call: Call) -> dict[str, Any] | str | Generator[str]:
+    def run(event: Mapping[str, Any], call: Call) -> Body:
         call.record["route"] = route
         return operation(event, call)
 
@@ -350,7 +415,7 @@ def _api_error(error: Exception, call: Call) -> ApiError:
     """The answer to whatever went wrong, noted in the record; the text of an unforeseen error is not: it may quote."""
     call.failure = failure = _translate(error, call)
     call.record["error_code"] = failure.code
-    if failure.param in KNOWN_FIELDS:
+    if failure.code not in ("unknown_field", "duplicate_field"):  # whose names the caller made up
         call.record["param"] = failure.param
     if failure.status >= 500 and isinstance(error, EngineError | ModelError | RefusedError):
         call.record["error_message"] = failure.message
@@ -378,23 +443,40 @@ def _translate(error: Exception, call: Call) -> ApiError:
     return ApiError(500, "internal_error", "something went wrong here; the log has the details")
 
 
-def _statistics(done: Event, call: Call) -> dict[str, Any]:
-    """Of a completion that has just ended: it waited, its prompt was computed, and its tokens were generated."""
-    counts = {name: done[name] for name in ("stop_type", "tokens_predicted", "tokens_evaluated", "tokens_cached")}
-    prompt_ms, predicted_ms = done["timings"]["prompt_ms"], done["timings"]["predicted_ms"]
-    first_token_ms = max(prompt_ms, (time.monotonic() - call.began) * 1e3 - predicted_ms)
+def _statistics(done: Sequence[Event], n: int, call: Call) -> dict[str, Any]:
+    """Of completions that have just ended, `n` of each prompt: they waited, then were computed side by side.
+
+    Times of several are sums, but for those until the first token.
+    """
+    prompts = done[::n]
+    prompt_ms = [event["timings"]["prompt_ms"] for event in prompts]
+    predicted_ms = [event["timings"]["predicted_ms"] for event in done]
+    first_token_ms = max(min(prompt_ms), (time.monotonic() - call.began) * 1e3 - max(predicted_ms))
     times = {
-        "queue_ms": first_token_ms - prompt_ms,
-        "prompt_ms": prompt_ms,
+        "queue_ms": first_token_ms - min(prompt_ms),
+        "prompt_ms": sum(prompt_ms),
         "first_token_ms": first_token_ms,
-        "predicted_ms": predicted_ms,
+        "predicted_ms": sum(predicted_ms),
     }
-    return counts | {name: round(value, 1) for name, value in times.items()}
+    return {name: round(value, 1) for name, value in times.items()} | {
+        "stop_type": done[0]["stop_type"],
+        "tokens_predicted": sum(event["tokens_predicted"] for event in done),
+        "tokens_evaluated": sum(event["tokens_evaluated"] for event in prompts),
+        "tokens_cached": sum(event["tokens_cached"] for event in prompts),
+    }
+
+
+def _piece(token: bytes) -> str | list[int]:
+    """A token of llama.cpp's `with_pieces`: text, or its bytes where they are no UTF-8."""
+    try:
+        return token.decode()
+    except UnicodeDecodeError:
+        return list(token)
 
 
 def _sse(body: Mapping[str, Any]) -> str:
     return f"data: {_dump(body)}\n\n"
 
 
-def _dump(body: Mapping[str, Any]) -> str:
+def _dump(body: Json | Mapping[str, Any]) -> str:
     return json.dumps(body, ensure_ascii=False, separators=(",", ":"))

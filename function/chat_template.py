@@ -13,7 +13,7 @@ from dataclasses import dataclass
 BEGIN = "<|begin_of_text|>"
 END_OF_TURN = "<|eot_id|>"
 REPLY = "Assistant: "
-NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant"}
+NAMES = {"system": "System", "developer": "System", "user": "User", "assistant": "Assistant", "tool": "Tool"}
 JINJA = (
     "{% for message in messages %}"
     "{% set content = message['role'] | capitalize + ': ' + message['content'] | trim + '<|eot_id|>' %}"

@@ -9,14 +9,13 @@ import subprocess
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, InvalidStateError
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from contextlib import closing, contextmanager, suppress
-from functools import partial
 from pathlib import Path
 from queue import Empty, SimpleQueue
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from function.metrics import Metrics
 
@@ -87,6 +86,13 @@ class RefusedError(Exception):
     def __init__(self, event: Event) -> None:
         super().__init__(event["message"])
         self.event = event
+
+
+class Mask(Protocol):
+    """Says which tokens may follow: the caller's half of the protocol's `mask` events."""
+
+    def answer(self, index: int, tokens: Sequence[int]) -> Mapping[str, Any]:
+        """The fields of the worker's `mask`. `tokens` were drawn in the completion `index` since it was last asked."""
 
 
 class Cancellation:
@@ -170,34 +176,43 @@ class Engine:
             return self._loaded
 
     def complete(
-        self, request: Mapping[str, Any], *, deadline: float | None = None, cancellation: Cancellation | None = None
+        self,
+        requests: Sequence[Mapping[str, Any]],
+        *,
+        mask: Callable[[], Mask] | None = None,
+        deadline: float | None = None,
+        cancellation: Cancellation | None = None,
     ) -> Generator[Event]:
-        """Computes a completion: yields `token` events if `stream` is true, then `done`.
+        """Computes completions in one batch: yields `token` events of those with `stream`, and `done` of each.
 
-        `request` has the fields of the protocol, `deadline` is a value of `time.monotonic()`: generation stops
-        `deadline_margin_ms` earlier. Closing the iterator cancels what is left to compute. A worker that dies is
-        replaced and asked again, once, if nothing has been yielded yet.
+        `requests` have the fields of the protocol; `index` of an event counts their completions through: those of the
+        first request's `n`, then those of the second's. `mask` makes what answers their masks. `deadline` is a value of
+        `time.monotonic()`: generation stops `deadline_margin_ms` earlier. Closing the iterator cancels what is left to
+        compute. A worker that dies is replaced and asked again, once, if nothing has been yielded yet.
 
         Raises:
-            RefusedError: the engine does not take the request.
+            RefusedError: the engine does not take one of the requests.
             ModelError: there is no model.
             EngineError: there is no engine.
         """
         with self._admitted():
-            yield from self._ask("completion", request, deadline, cancellation or Cancellation())
+            yield from self._ask("completion", requests, deadline, cancellation or Cancellation(), mask)
 
     def tokenize(self, content: str, *, add_bos: bool, special: bool, deadline: float | None = None) -> list[int]:
         """The token ids of a text. Does not wait for what is being computed. Raises what `complete` does."""
-        request = {"content": content, "add_bos": add_bos, "special": special}
-        (done,) = self._ask("tokenize", request, deadline, Cancellation())
-        tokens: list[int] = done["tokens"]
+        tokens: list[int] = self._call("tokenize", deadline, content=content, add_bos=add_bos, special=special)[
+            "tokens"
+        ]
         return tokens
 
     def detokenize(self, tokens: Sequence[int], deadline: float | None = None) -> str:
         """The text of token ids. Does not wait for what is being computed. Raises what `complete` does."""
-        (done,) = self._ask("detokenize", {"tokens": tokens}, deadline, Cancellation())
-        content: str = done["content"]
+        content: str = self._call("detokenize", deadline, tokens=tokens)["content"]
         return content
+
+    def vocabulary(self, deadline: float | None = None) -> Event:
+        """The protocol's answer to `vocabulary`: some megabytes. Raises what `complete` does."""
+        return self._call("vocabulary", deadline)
 
     def cancel_all(self) -> None:
         """Ends every request, running and queued, within one token, and takes no new ones."""
@@ -238,15 +253,25 @@ class Engine:
             with suppress(InvalidStateError):
                 loaded.set_result(worker)
 
+    def _call(self, op: str, deadline: float | None, **fields: Any) -> Event:
+        (done,) = self._ask(op, [fields], deadline, Cancellation(), None)
+        return done
+
     def _ask(
-        self, op: str, request: Mapping[str, Any], deadline: float | None, cancellation: Cancellation
+        self,
+        op: str,
+        requests: Sequence[Mapping[str, Any]],
+        deadline: float | None,
+        cancellation: Cancellation,
+        mask: Callable[[], Mask] | None,
     ) -> Generator[Event]:
         for may_retry in (True, False):
             worker = self._ready_worker(deadline)
-            timed = self._timed(request, deadline) if op == "completion" else request
+            timed = [self._timed(request, deadline) if op == "completion" else request for request in requests]
             begun = False
             try:
-                with closing(worker.ask(op, timed, self._give_up_at(deadline), cancellation)) as events:
+                asked = worker.ask(op, timed, self._give_up_at(deadline), cancellation, mask() if mask else None)
+                with closing(asked) as events:
                     for event in events:
                         begun = True
                         yield event
@@ -261,11 +286,13 @@ class Engine:
     def _command(self, model: Path) -> list[str]:
         settings = self._settings
         command = [str(settings.bitnet_cli), "worker", "--model", str(model)]
-        command += ["--kv-type", settings.kv_type, "--parallel", "1"]
+        command += ["--kv-type", settings.kv_type]
         if settings.ctx_size:
             command += ["--ctx-size", str(settings.ctx_size)]
         if settings.threads:
             command += ["--threads", str(settings.threads)]
+        if settings.parallel:
+            command += ["--parallel", str(settings.parallel)]
         return command
 
     def _ready_worker(self, deadline: float | None) -> _Worker:
@@ -285,14 +312,20 @@ class Engine:
         """Half of the margin is the worker's, to answer; the other half ours, to say that it did not."""
         return None if deadline is None else deadline - self._settings.deadline_margin_ms / 2e3
 
+    def _parallel(self) -> int:
+        """Sequences that the worker computes at the same time; one as long as there is no worker."""
+        ready = self._worker.ready if self._worker is not None else None
+        usable = ready is not None and ready.done() and ready.exception() is None
+        return int(ready.result()["n_parallel"]) if ready is not None and usable else 1
+
     @contextmanager
     def _admitted(self) -> Iterator[None]:
         with self._lock:
             if self._stop.is_set():
                 raise StoppingError(STOPPING)
-            if self._in_flight > self._settings.queue_limit:
-                message = f"one request is being computed and {self._settings.queue_limit} are waiting (QUEUE_LIMIT)"
-                raise BusyError(message)
+            if self._in_flight >= self._parallel() + self._settings.queue_limit:
+                waiting = f"{self._settings.queue_limit} are waiting (QUEUE_LIMIT)"
+                raise BusyError(f"{self._parallel()} requests are being computed and {waiting}")
             self._in_flight += 1
         try:
             yield
@@ -324,20 +357,30 @@ class _Worker:
         threading.Thread(target=self._dispatch, args=(logs,), name="worker-events", daemon=True).start()
 
     def ask(
-        self, op: str, request: Mapping[str, Any], give_up_at: float | None, cancellation: Cancellation
+        self,
+        op: str,
+        requests: Sequence[Mapping[str, Any]],
+        give_up_at: float | None,
+        cancellation: Cancellation,
+        mask: Mask | None,
     ) -> Generator[Event]:
-        """Sends a request and yields its events; cancels it if the caller goes away."""
-        name = str(next(self._ids))
+        """Sends requests, answers their masks, yields their other events; cancels the rest if the caller goes away."""
         inbox: SimpleQueue[Event | None] = SimpleQueue()
+        waits: dict[str, int] = {}  # `done` events to come of each request
+        offsets: dict[str, int] = {}
         with self._lock:
             if self.dead:
                 raise DiedError("the engine has ended")
-            self._inboxes[name] = inbox
-        finished = False
+            for request in requests:
+                name = str(next(self._ids))
+                self._inboxes[name] = inbox
+                offsets[name] = sum(waits.values())
+                waits[name] = request.get("n", 1)
         try:
-            self._send({"op": op, "id": name, **request})
-            cancellation.attach(partial(self._cancel, name))
-            while not finished:
+            for name, request in zip(offsets, requests, strict=True):
+                self._send({"op": op, "id": name, **request})
+            cancellation.attach(lambda: self._cancel(list(waits)))
+            while waits:
                 try:
                     event = inbox.get(timeout=None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
                 except Empty:
@@ -345,22 +388,32 @@ class _Worker:
                     raise HungError("the engine did not stop at the deadline and was ended") from None
                 if event is None:
                     raise DiedError(f"the engine ended while it computed: {self._epitaph()}")
-                finished = event["event"] != "token"
+                name = event["id"]
                 if event["event"] == "error":
+                    waits.pop(name)
                     raise RefusedError(event)
-                yield event
+                index = offsets[name] + event.get("index", 0)
+                if event["event"] == "mask":
+                    assert mask is not None
+                    answer = mask.answer(index, event["tokens"])
+                    self._send({"op": "mask", "id": name, "index": event["index"], **answer})
+                    continue
+                if event["event"] == "done":
+                    waits[name] -= 1
+                    if not waits[name]:
+                        waits.pop(name)
+                yield event | {"index": index}
         finally:
             cancellation.attach(None)
             with self._lock:
-                self._inboxes.pop(name, None)
-            if not finished:
-                self._cancel(name)
+                for name in offsets:
+                    self._inboxes.pop(name, None)
+            self._cancel(list(waits))
 
     def cancel_all(self) -> None:
         with self._lock:
             names = list(reversed(self._inboxes))  # those in the queue first, so that none of them begins
-        for name in names:
-            self._cancel(name)
+        self._cancel(names)
 
     def stop(self) -> None:
         """SIGTERM, at which the worker ends at once, then SIGKILL."""
@@ -372,9 +425,10 @@ class _Worker:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_GRACE_S)
 
-    def _cancel(self, name: str) -> None:
+    def _cancel(self, names: Iterable[str]) -> None:
         with suppress(DiedError):
-            self._send({"op": "cancel", "id": name})
+            for name in names:
+                self._send({"op": "cancel", "id": name})
 
     def _send(self, message: Mapping[str, Any]) -> None:
         line = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"

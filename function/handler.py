@@ -6,7 +6,7 @@ import functools
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from aws_lambda_powertools import Logger
@@ -39,13 +39,14 @@ class Application:
 
 
 @functools.cache
-def application() -> Application:
-    """Puts the parts together on the first need. Nothing is loaded yet.
+def application(*, is_local: bool = False) -> Application:
+    """Puts the parts together on the first need. Nothing is loaded yet. The local server has the page in any case.
 
     Raises:
         SettingsError: an environment variable cannot be used.
     """
     settings = Settings.from_environment()
+    settings = replace(settings, serve_page=settings.serve_page or is_local)
     Logger(service="bitnet", level=settings.log_level, utc=True)  # the parent of all loggers here
     logging.getLogger("bitnet").propagate = False  # awslambdaric's own handler would say everything again
     metrics = Metrics.from_environment()
@@ -62,7 +63,7 @@ class Stream:
     call: Call
 
 
-def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | Stream:
+def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | list[dict[str, Any]] | Stream:
     """What Lambda calls, with an HTTP request, a batch, or a direct invocation.
 
     Where the Function URL has INVOKE_MODE=RESPONSE_STREAM, every answer to it is a `Stream`, which `function.runtime`

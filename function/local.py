@@ -23,6 +23,7 @@ from function.schema import ApiError
 from function.settings import SettingsError
 
 MAX_BODY_BYTES = 6 * 2**20  # as on Lambda: https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
+MAX_PARALLEL = 64  # completions that the engine computes at the same time; a thread is made only when there is work
 SPARE_THREADS = 8  # beside those that compute and wait: for health, refusals, errors
 GRACEFUL_S = 2
 
@@ -36,7 +37,7 @@ class App:
 
     def __init__(self, parts: Application) -> None:
         self._api = parts.api
-        self._threads = ThreadPoolExecutor(parts.settings.queue_limit + 1 + SPARE_THREADS, "request")
+        self._threads = ThreadPoolExecutor(MAX_PARALLEL + parts.settings.queue_limit + SPARE_THREADS, "request")
 
     async def __call__(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         """One HTTP request."""
@@ -109,7 +110,7 @@ class Server(uvicorn.Server):
 def main() -> int:
     """Serves until a signal comes. Returns 0, or 1 if the model or the port cannot be had, or 2 for a wrong setting."""
     try:
-        parts = application()
+        parts = application(is_local=True)
     except SettingsError as error:
         return _fail(str(error), 2)
     settings = parts.settings

@@ -20,6 +20,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from function.chunk_sums import ChunkSums, IncompleteError, read_chunk_sums
 from function.metrics import Metrics
 
 if TYPE_CHECKING:
@@ -32,6 +33,8 @@ logger = logging.getLogger("bitnet.model_store")
 CHUNK_BYTES = 2**20  # read from the socket, written and hashed at once
 RANGE_TRIES = 5  # in a row that bring no byte
 COPY_TRIES = 3  # of an object that is replaced while it is copied
+CHUNK_TRIES = 3  # of a chunk that differs from its checksum
+HEADER_BYTES = 64 * 2**20  # of a GGUF file at most; the 2B model's has 8 million
 BACKOFF_S = 0.2  # doubled at each try
 LOCK_POLL_S = 0.05
 CONNECT_TIMEOUT_S = 5
@@ -160,7 +163,7 @@ class ModelStore:
             part.unlink(missing_ok=True)
         copy_ms = round((time.monotonic() - began) * 1e3)
         self._metrics.copied(copy_ms, source.size)
-        verified = sorted(source.checksums) or ["size"]
+        verified = [*copy.verified, *sorted(source.checksums)] or ["size"]
         logger.info("model copied", extra={"bytes": source.size, "copy_ms": copy_ms, "verified": verified})
 
 
@@ -174,7 +177,10 @@ class _RangedCopy:
         self._part_bytes = settings.copy_part_bytes
         self._pending = deque(range(0, source.size, self._part_bytes))
         self._threads = min(settings.copy_threads, len(self._pending))
-        self._landed: SimpleQueue[int | BaseException] = SimpleQueue()
+        self._results: SimpleQueue[int | BaseException] = SimpleQueue()
+        self._landed: set[int] = set()  # starts of ranges that came before their turn
+        self._complete = 0  # every byte before it is there
+        self.verified: list[str] = []
         self._abort = threading.Event()
 
     def run(self, stop: threading.Event) -> None:
@@ -198,23 +204,74 @@ class _RangedCopy:
 
     def _verify_as_they_land(self, stop: threading.Event) -> None:
         checks = {name: _HASHES[name]() for name in self._source.checksums}
-        landed: set[int] = set()
-        for start in range(0, self._source.size, self._part_bytes):
-            while start not in landed:
-                landed.add(self._next_landed(stop))
-            for offset in range(start, self._end(start), CHUNK_BYTES):
-                chunk = os.pread(self._fd, min(CHUNK_BYTES, self._end(start) - offset), offset)
+        for start, end, crc32 in self._pieces(stop):
+            self._wait_for(end, stop)
+            if crc32 is not None:
+                self._verify_chunk(start, end, crc32)
+            for piece in self._written(start, end):
                 for check in checks.values():
-                    check.update(chunk)
+                    check.update(piece)
         for name, check in checks.items():
             if (digest := check.digest()) != (expected := self._source.checksums[name]):
                 message = f"{self._source.uri} is corrupted: {name} is {digest.hex()}, the object says {expected.hex()}"
                 raise ModelError("model_corrupted", message)
 
+    def _pieces(self, stop: threading.Event) -> Iterator[tuple[int, int, int | None]]:
+        """(start, end, CRC-32) of the chunks of a packed model, else of the ranges, which have no checksum."""
+        size = self._source.size
+        if (sums := self._chunk_sums(stop)) is not None:
+            if not sums.fits(size):
+                message = f"{len(sums.crc32)} chunks of {sums.chunk_bytes:,} bytes from {sums.data_start:,} on"
+                raise ModelError(
+                    "model_corrupted", f"{self._source.uri} has {size:,} bytes, and checksums for {message}"
+                )
+            self.verified.append("chunk_crc32")
+            yield from sums.pieces(size)
+        else:
+            for start in range(0, size, self._part_bytes):
+                yield start, self._end(start), None
+
+    def _chunk_sums(self, stop: threading.Event) -> ChunkSums | None:
+        known = self._end(0)
+        while True:
+            self._wait_for(known, stop)
+            try:
+                return read_chunk_sums(os.pread(self._fd, known, 0))
+            except IncompleteError:
+                if known >= min(self._source.size, HEADER_BYTES):
+                    return None
+                known = min(2 * known, self._source.size)
+
+    def _verify_chunk(self, start: int, end: int, expected: int) -> None:
+        """Compares a chunk with its checksum, and copies it again where they differ."""
+        for tries in range(1, CHUNK_TRIES + 1):
+            crc32 = 0
+            for piece in self._written(start, end):
+                crc32 = zlib.crc32(piece, crc32)
+            if crc32 == expected:
+                return
+            logger.warning("a chunk of the model differs from its checksum", extra={"offset": start, "tries": tries})
+            if tries < CHUNK_TRIES:
+                self._fetch(start, end)
+        message = f"bytes {start} to {end - 1} have the CRC-32 {crc32:08x}, the file says {expected:08x}"
+        raise ModelError("model_corrupted", f"{self._source.uri} is corrupted: {message} (copied {CHUNK_TRIES} times)")
+
+    def _written(self, start: int, end: int) -> Iterator[bytes]:
+        for offset in range(start, end, CHUNK_BYTES):
+            yield os.pread(self._fd, min(CHUNK_BYTES, end - offset), offset)
+
+    def _wait_for(self, end: int, stop: threading.Event) -> None:
+        """Returns when every byte before `end` is there."""
+        while self._complete < end:
+            while self._complete not in self._landed:
+                self._landed.add(self._next_landed(stop))
+            self._landed.remove(self._complete)
+            self._complete = self._end(self._complete)
+
     def _next_landed(self, stop: threading.Event) -> int:
         while not stop.is_set():
             try:
-                result = self._landed.get(timeout=LOCK_POLL_S)
+                result = self._results.get(timeout=LOCK_POLL_S)
             except Empty:
                 continue
             if isinstance(result, BaseException):
@@ -234,9 +291,9 @@ class _RangedCopy:
             try:
                 self._fetch(start, self._end(start))
             except BaseException as error:
-                self._landed.put(error)
+                self._results.put(error)
                 return
-            self._landed.put(start)
+            self._results.put(start)
 
     def _fetch(self, start: int, end: int) -> None:
         """Fetches bytes `start` to `end` and goes on where a connection broke."""

@@ -8,61 +8,46 @@ field that is left out has the default of `/completion`, but for the length: an 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from function import schema
+from function import schema, tools
 from function.chat_template import NAMES, Message
-from function.schema import Boolean, Integer, Kind, Text, describe, invalid
+from function.schema import Boolean, Integer, Kind, LogitBias, Structure, Text, describe, invalid
 
 if TYPE_CHECKING:
     from function.settings import Settings
 
 MAX_MODEL_BYTES = 256
 MAX_MESSAGES = 4096
+MAX_ID_BYTES = 256
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 INT64_MAX = 2**63 - 1
 
-INERT = {
-    "metadata",
-    "parallel_tool_calls",
-    "prompt_cache_key",
-    "prompt_cache_retention",
-    "safety_identifier",
-    "store",
-    "user",
-}
-_NEUTRAL: dict[str, tuple[object, ...]] = {"logit_bias": ({},), "n": (1,), "service_tier": ("auto", "default")}
+MAX_TOP_LOGPROBS = 20
+MAX_TEXT_LOGPROBS = 5
+MAX_BIAS = 100
+
+INERT = {"metadata", "prompt_cache_retention", "safety_identifier", "store", "user"}
+_NEUTRAL: dict[str, tuple[object, ...]] = {"service_tier": ("auto", "default")}
 CHAT_NEUTRAL: dict[str, tuple[object, ...]] = _NEUTRAL | {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
-    "logprobs": (False,),
     "modalities": (["text"],),
     "prediction": (),
     "reasoning_effort": ("none",),
-    "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
-TEXT_NEUTRAL: dict[str, tuple[object, ...]] = _NEUTRAL | {
-    "best_of": (1,),
-    "echo": (False,),
-    "logprobs": (),
-    "suffix": ("",),
-}
+TEXT_NEUTRAL: dict[str, tuple[object, ...]] = _NEUTRAL | {"suffix": ("",)}
 # What clients send back of the messages that they were given.
 MESSAGE_NEUTRAL: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "name": (),
     "refusal": (),
-    "tool_calls": ([],),
 }
 
 
@@ -124,7 +109,8 @@ class Messages:
             raise invalid(f"'{name}' must be an array, got {describe(value)}", param=name, code="invalid_type")
         if not 1 <= len(value) <= MAX_MESSAGES:
             raise invalid(f"'{name}' must have 1 to {MAX_MESSAGES} messages, got {len(value)}", param=name)
-        messages = tuple(self._message(f"{name}[{index}]", message) for index, message in enumerate(value))
+        called: dict[str, str] = {}
+        messages = tuple(self._message(f"{name}[{index}]", message, called) for index, message in enumerate(value))
         size = sum(len(message.content.encode()) for message in messages)
         if size > self.max_bytes:
             message = f"'{name}' must have at most {self.max_bytes} bytes of UTF-8 in all, got {size}"
@@ -133,40 +119,114 @@ class Messages:
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
-        message = schema.document(self._kinds(), ["role", "content"], MESSAGE_NEUTRAL, ())
+        message = schema.document(self._kinds(), ["role"], MESSAGE_NEUTRAL, ())
         return {"type": "array", "items": message, "minItems": 1, "maxItems": MAX_MESSAGES}
 
     def _kinds(self) -> dict[str, Kind]:
-        return {"role": Role(), "content": Content(self.max_bytes)}
+        return {
+            "role": Role(),
+            "content": Content(self.max_bytes),
+            "name": tools.FunctionName(),
+            "tool_calls": tools.Calls(self.max_bytes),
+            "tool_call_id": Text(MAX_ID_BYTES),
+        }
 
-    def _message(self, where: str, value: object) -> Message:
+    def _message(self, where: str, value: object, called: dict[str, str]) -> Message:
+        """One message. `called` is the function of each call so far, by the call's id."""
         if not isinstance(value, dict):
             raise invalid(f"'{where}' must be an object, got {describe(value)}", param="messages", code="invalid_type")
         try:
-            return Message(**schema.check(value, self._kinds(), ["role", "content"], MESSAGE_NEUTRAL))
+            given = schema.check(value, self._kinds(), ["role"], MESSAGE_NEUTRAL)
+            return _rendered(given, called)
         except schema.ApiError as error:
             raise invalid(f"'{where}': {error.message}", param="messages", code=error.code) from None
 
 
+def _rendered(given: Mapping[str, Any], called: dict[str, str]) -> Message:
+    """A message as the template takes it: who speaks, and text. Names and calls become part of the text."""
+    role, calls = given["role"], given.get("tool_calls", ())
+    if calls and role != "assistant":
+        raise invalid(f"'tool_calls' is for the role assistant, got {describe(role)}", param="tool_calls")
+    if "content" not in given and not calls:
+        raise invalid("'content' is required", param="content", code="missing_field")
+    texts = [given["content"]] if given.get("content") else []
+    texts += [call.text for call in calls]
+    called |= {call.identifier: call.name for call in calls}
+    name = given.get("name")
+    if role == "tool":
+        if (identifier := given.get("tool_call_id")) is None:
+            raise invalid("'tool_call_id' is required", param="tool_call_id", code="missing_field")
+        if identifier not in called:
+            message = f"'tool_call_id' must be that of a call before, got {describe(identifier)}"
+            raise invalid(message, param="tool_call_id")
+        name = called[identifier]
+    elif "tool_call_id" in given:
+        raise invalid(f"'tool_call_id' is for the role tool, got {describe(role)}", param="tool_call_id")
+    text = "\n".join(texts)
+    return Message(role, f"{name}: {text}" if name else text)
+
+
 @dataclass(frozen=True)
-class TextPrompt:
-    """What `/completion` takes, or an array with one of it."""
+class ResponseFormat:
+    """`{"type": "text"}`, `{"type": "json_object"}` or `{"type": "json_schema", "json_schema": {…}}`."""
 
-    max_bytes: int
-
-    def __call__(self, name: str, value: object) -> str | tuple[int, ...]:
+    def __call__(self, name: str, value: object) -> Structure | None:
         """Checks `value`."""
-        if isinstance(value, list) and value and isinstance(value[0], str | list):
-            if len(value) > 1:
-                message = f"'{name}' must be one prompt: several are not supported, got {len(value)}"
-                raise invalid(message, param=name, code="unsupported_field")
-            value = value[0]
-        return schema.Prompt(self.max_bytes)(name, value)
+        asked: Any = value
+        match asked:
+            case {"type": "text"} if len(asked) == 1:
+                return None
+            case {"type": "json_object"} if asked.keys() <= {"type", "schema"}:  # llama.cpp's may have a schema
+                rest = {key: item for key, item in asked.items() if key != "type"}
+                given = self._checked(name, rest, {"schema": schema.Object()}, [])
+                return Structure("json_schema", given.get("schema", '{"type":"object"}'), name)
+            case {"type": "json_schema", "json_schema": dict(wrapped)} if len(asked) == 2:
+                kinds: dict[str, Kind] = {
+                    "name": tools.FunctionName(),
+                    "description": Text(tools.MAX_DESCRIPTION_BYTES),
+                    "schema": schema.Object(),
+                    "strict": Boolean(),
+                }
+                given = self._checked(f"{name}.json_schema", wrapped, kinds, ["name"])
+                return Structure("json_schema", given.get("schema", "{}"), name)
+        accepted = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {…}}'
+        raise invalid(f"'{name}' must be {accepted}, got {describe(value)}", param=name)
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
-        one = schema.Prompt(self.max_bytes).document()
-        return {"anyOf": [*one["anyOf"], {"type": "array", "items": one, "minItems": 1, "maxItems": 1}]}
+
+        def variant(kind: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
+            return {
+                "type": "object",
+                "properties": {"type": {"const": kind}} | properties,
+                "required": ["type", *required],
+                "additionalProperties": False,
+            }
+
+        wrapped = {
+            "type": "object",
+            "properties": {
+                "name": tools.FunctionName().document(),
+                "description": Text(tools.MAX_DESCRIPTION_BYTES).document(),
+                "schema": schema.Object().document(),
+                "strict": {"type": ["boolean", "null"]},
+            },
+            "required": ["name"],
+            "additionalProperties": False,
+        }
+        return {
+            "anyOf": [
+                variant("text", {}, []),
+                variant("json_object", {"schema": schema.Object().document()}, []),
+                variant("json_schema", {"json_schema": wrapped}, ["json_schema"]),
+            ]
+        }
+
+    def _checked(self, name: str, value: dict[str, Any], kinds: dict[str, Kind], required: list[str]) -> dict[str, Any]:
+        try:
+            return schema.check(value, kinds, required)
+        except schema.ApiError as error:
+            raise invalid(f"'{name}': {error.message}", param="response_format", code=error.code) from None
 
 
 @dataclass(frozen=True)
@@ -194,9 +254,11 @@ class StreamOptions:
 def _kinds() -> dict[str, Kind]:
     return schema.sampling_kinds() | {
         "model": Text(MAX_MODEL_BYTES),
+        "n": Integer(1, schema.MAX_N),
         "seed": Integer(-INT64_MAX - 1, INT64_MAX),
-        "stop": schema.Stops(or_one=True),
+        "stop": schema.Texts(or_one=True),
         "stream_options": StreamOptions(),
+        "logit_bias": LogitBias(MAX_BIAS),
     }
 
 
@@ -207,27 +269,44 @@ def chat_kinds(settings: Settings) -> dict[str, Kind]:
         "messages": Messages(settings.max_prompt_bytes),
         "max_tokens": length,
         "max_completion_tokens": length,
+        "logprobs": Boolean(),
+        "top_logprobs": Integer(0, MAX_TOP_LOGPROBS),
+        "response_format": ResponseFormat(),
+        "tools": tools.Tools(),
+        "tool_choice": tools.ToolChoice(),
+        "parallel_tool_calls": Boolean(),
     }
 
 
 def text_kinds(settings: Settings) -> dict[str, Kind]:
     """The fields of `/v1/completions`."""
-    return _kinds() | {"prompt": TextPrompt(settings.max_prompt_bytes), "max_tokens": schema.length_kind(settings)}
+    return _kinds() | {
+        "prompt": schema.Prompts(settings.max_prompt_bytes),
+        "max_tokens": schema.length_kind(settings),
+        "best_of": Integer(1, schema.MAX_N),
+        "echo": Boolean(),
+        "logprobs": Integer(0, MAX_TEXT_LOGPROBS),
+    }
 
 
 def template_kinds(settings: Settings) -> dict[str, Kind]:
     """The fields of `/apply-template`."""
-    return {"messages": Messages(settings.max_prompt_bytes)}
+    return {"messages": Messages(settings.max_prompt_bytes), "tools": tools.Tools()}
 
 
 @dataclass(frozen=True)
 class Request:
-    """A valid request. `completion.prompt` of a chat is made of `messages` once the model is known."""
+    """A valid request. `completion.prompts` of a chat is made of `messages` once the model is known."""
 
     completion: schema.CompletionRequest
     model: str | None
     include_usage: bool
     messages: tuple[Message, ...] = ()
+    calls: bool = False
+    """Whether an answer may be calls of tools."""
+    echo: bool = False
+    n: int = 1
+    """Completions of each prompt in the answer: the best ones of `completion.n`."""
 
 
 def parse_chat(body: Mapping[str, object], settings: Settings) -> Request:
@@ -240,9 +319,34 @@ def parse_chat(body: Mapping[str, object], settings: Settings) -> Request:
     if "max_tokens" in given and "max_completion_tokens" in given:
         message = "'max_tokens' is the old name of 'max_completion_tokens': send one of them"
         raise invalid(message, param="max_tokens")
+    if given.get("top_logprobs") and not given.get("logprobs"):
+        raise invalid("'top_logprobs' needs \"logprobs\": true", param="top_logprobs")
     length = given.pop("max_completion_tokens", given.pop("max_tokens", -1))
-    messages = given.pop("messages")
-    return _request(given | {"prompt": (), "n_predict": length}, settings, messages)
+    messages, structure = given.pop("messages"), given.pop("response_format", None)
+    choice, several = given.pop("tool_choice", None), given.pop("parallel_tool_calls", True)
+    callable_tools = tools.chosen(given.pop("tools", ()), choice)
+    if callable_tools:
+        if structure is not None:
+            message = (
+                "'response_format' must be text where 'tools' may be called: send \"tool_choice\": \"none\" or no tools"
+            )
+            raise invalid(message, param="response_format", code="unsupported_field")
+        how = {
+            "required": choice is not None and choice.mode == "required",
+            "several": several and not (choice and choice.once),
+        }
+        structure = tools.structure(callable_tools, **how)
+        messages = with_instructions(messages, tools.instructions(callable_tools, **how))
+    given |= {"prompts": (), "n_predict": length, "structure": structure, "n_probs": given.pop("top_logprobs", 0)}
+    return replace(_request(given, settings), messages=messages, calls=bool(callable_tools))
+
+
+def with_instructions(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
+    """The messages with `text` at the end of the system's, which comes first, or is made if there is none."""
+    if messages[0].role in ("system", "developer"):
+        first = messages[0]
+        return (Message(first.role, f"{first.content.strip()}\n\n{text}"), *messages[1:])
+    return (Message("system", text), *messages)
 
 
 def parse_text(body: Mapping[str, object], settings: Settings) -> Request:
@@ -253,17 +357,30 @@ def parse_text(body: Mapping[str, object], settings: Settings) -> Request:
     """
     given = schema.check(body, text_kinds(settings), ["prompt"], TEXT_NEUTRAL, INERT)
     limit = settings.max_n_predict or COMPLETION_MAX_TOKENS
-    return _request(given | {"n_predict": given.pop("max_tokens", min(limit, COMPLETION_MAX_TOKENS))}, settings)
+    length = given.pop("max_tokens", min(limit, COMPLETION_MAX_TOKENS))
+    wanted, best_of, echo = given.get("n", 1), given.pop("best_of", None), given.pop("echo", False)
+    logprobs = given.pop("logprobs", None)
+    given |= {"prompts": given.pop("prompt"), "n_predict": length}
+    if logprobs is not None:
+        given |= {"logprobs": True, "n_probs": logprobs, "prompt_logprobs": echo}
+    if best_of is not None and best_of != wanted:
+        if best_of < wanted:
+            raise invalid(f"'best_of' must be at least n, {wanted}, got {best_of}", param="best_of")
+        if given.get("stream"):
+            raise invalid("'best_of' above n cannot be streamed: the best are known at the end", param="best_of")
+        given |= {"n": best_of, "logprobs": True}
+    return replace(_request(given, settings), echo=echo, n=wanted)
 
 
-def _request(given: dict[str, Any], settings: Settings, messages: tuple[Message, ...] = ()) -> Request:
+def _request(given: dict[str, Any], settings: Settings) -> Request:
     model = given.pop("model", None)
     include_usage = given.pop("stream_options", None)
     if include_usage is not None and not given.get("stream"):
         raise invalid("'stream_options' needs \"stream\": true", param="stream_options")
     if "seed" in given:
         given["seed"] %= schema.UINT32_MAX + 1  # the engine's; its -1 would be a random one
-    return Request(schema.completion_request(given, settings), model, bool(include_usage), messages)
+    completion = schema.completion_request(given, settings)
+    return Request(completion, model, bool(include_usage), n=completion.n)
 
 
 class _Answer:
@@ -273,38 +390,52 @@ class _Answer:
     chunk_kind: str
     kind: str
 
-    def __init__(self, identifier: str, include_usage: bool) -> None:
+    def __init__(self, identifier: str, request: Request) -> None:
         self._identifier = identifier
-        self._include_usage = include_usage
+        self._request = request
         self._created = int(time.time())
 
-    def _choice(self, content: str, reason: str | None) -> dict[str, Any]:
+    def _choice(self, index: int, done: Mapping[str, Any]) -> dict[str, Any]:
         raise NotImplementedError
 
-    def _delta(self, content: str | None, reason: str | None) -> dict[str, Any]:
+    def _deltas(self, token: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """The choices of the chunks that a piece of text makes."""
         raise NotImplementedError
 
-    def whole(self, done: Mapping[str, Any], model: str) -> dict[str, Any]:
-        choice = self._choice(done["content"], _finish_reason(done))
+    def _end(self, done: Mapping[str, Any]) -> dict[str, Any]:
+        """The choice of the chunk that says why a completion ended."""
+        raise NotImplementedError
+
+    def whole(self, done: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
+        """The JSON answer."""
+        choices = [self._choice(index, event) for index, event in enumerate(_best(done, self._request))]
         return self._head(self.kind, model) | {
-            "choices": [choice],
-            "usage": _usage(done),
-            "timings": done["timings"],
+            "choices": choices,
+            "usage": _usage(done, self._request.completion.n),
+            "timings": done[0]["timings"],
         }
 
     def opening(self, _model: str) -> list[dict[str, Any]]:
+        """The events before the first piece."""
         return []
 
-    def piece(self, token: Mapping[str, Any], model: str) -> dict[str, Any]:
-        return self._chunk(model, [self._delta(token["content"], None)])
+    def piece(self, token: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+        """The events of a piece of text."""
+        return [self._chunk(model, [choice]) for choice in self._deltas(token)]
 
-    def closing(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
-        last = self._chunk(model, [self._delta(None, _finish_reason(done))]) | {"timings": done["timings"]}
-        return [last, self._chunk(model, []) | {"usage": _usage(done)}] if self._include_usage else [last]
+    def last(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+        """The event that says why a completion ended."""
+        return [self._chunk(model, [self._end(done)]) | {"timings": done["timings"]}]
+
+    def closing(self, done: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any]]:
+        """The event that counts all tokens, if it was asked for."""
+        if not self._request.include_usage:
+            return []
+        return [self._chunk(model, []) | {"usage": _usage(done, self._request.completion.n)}]
 
     def _chunk(self, model: str, choices: list[dict[str, Any]]) -> dict[str, Any]:
         chunk = self._head(self.chunk_kind, model) | {"choices": choices}
-        return chunk | {"usage": None} if self._include_usage else chunk
+        return chunk | {"usage": None} if self._request.include_usage else chunk
 
     def _head(self, kind: str, model: str) -> dict[str, Any]:
         return {"id": self._identifier, "object": kind, "created": self._created, "model": model}
@@ -316,30 +447,150 @@ class ChatAnswer(_Answer):
     kind = "chat.completion"
     chunk_kind = "chat.completion.chunk"
 
+    def __init__(self, identifier: str, request: Request) -> None:
+        super().__init__(identifier, request)
+        self._readers: dict[int, tools.CallReader | None] = {}  # of the completions that have begun; None: it is text
+
     def opening(self, model: str) -> list[dict[str, Any]]:
         """Who speaks."""
         delta = {"role": "assistant", "content": "", "refusal": None}
-        return [self._chunk(model, [{"index": 0, "delta": delta, "logprobs": None, "finish_reason": None}])]
+        return [self._chunk(model, [_delta(index, delta)]) for index in range(self._request.completion.n)]
 
-    def _choice(self, content: str, reason: str | None) -> dict[str, Any]:
-        message = {"role": "assistant", "content": content, "refusal": None}
-        return {"index": 0, "message": message, "logprobs": None, "finish_reason": reason}
+    def _choice(self, index: int, done: Mapping[str, Any]) -> dict[str, Any]:
+        message: dict[str, Any] = {"role": "assistant", "content": done["content"], "refusal": None}
+        reader = self._reader(done["index"], done["content"])
+        if reader is not None:
+            reader.feed(done["content"])
+            message |= {"content": None, "tool_calls": reader.calls}
+        reason = self._reason(done, reader)
+        return {"index": index, "message": message, "logprobs": _chat_logprobs(done), "finish_reason": reason}
 
-    def _delta(self, content: str | None, reason: str | None) -> dict[str, Any]:
-        delta = {} if content is None else {"content": content}
-        return {"index": 0, "delta": delta, "logprobs": None, "finish_reason": reason}
+    def _deltas(self, token: Mapping[str, Any]) -> list[dict[str, Any]]:
+        index, logprobs = token["index"], _chat_logprobs(token)
+        reader = self._reader(index, token["content"])
+        if reader is None:
+            return [_delta(index, {"content": token["content"]}, logprobs)]
+        calls = reader.feed(token["content"])
+        return [_delta(index, {"tool_calls": calls} if calls else {}, logprobs)] if calls or logprobs else []
+
+    def _end(self, done: Mapping[str, Any]) -> dict[str, Any]:
+        return _delta(done["index"], {}) | {"finish_reason": self._reason(done, self._readers.get(done["index"]))}
+
+    def _reader(self, index: int, text: str) -> tools.CallReader | None:
+        """What reads the completion's calls: its first character tells whether there are any."""
+        if index not in self._readers:
+            is_call = self._request.calls and text.startswith(tools.HEAD[0])
+            self._readers[index] = tools.CallReader() if is_call else None
+        return self._readers[index]
+
+    def _reason(self, done: Mapping[str, Any], reader: tools.CallReader | None) -> str:
+        reason = _finish_reason(done)
+        return "tool_calls" if reader is not None and reason == "stop" else reason
 
 
 class TextAnswer(_Answer):
-    """The answer to `/v1/completions`."""
+    """The answer to `/v1/completions`. `echoes` are the texts of the prompts, if they shall come first."""
 
     kind = chunk_kind = "text_completion"
 
-    def _choice(self, content: str, reason: str | None) -> dict[str, Any]:
-        return {"index": 0, "text": content, "logprobs": None, "finish_reason": reason}
+    def __init__(self, identifier: str, request: Request, echoes: Sequence[str] = ()) -> None:
+        super().__init__(identifier, request)
+        self._echoes = echoes
+        self._offsets: dict[int, int] = {}  # characters sent of each completion
 
-    def _delta(self, content: str | None, reason: str | None) -> dict[str, Any]:
-        return self._choice(content or "", reason)
+    def opening(self, model: str) -> list[dict[str, Any]]:
+        """The prompts, if they shall come first."""
+        chunks = []
+        for index in range(self._request.completion.n * len(self._echoes)):
+            self._offsets[index] = len(self._echo(index))
+            chunks.append(self._chunk(model, [self._part(index, self._echo(index))]))
+        return chunks
+
+    def _choice(self, index: int, done: Mapping[str, Any]) -> dict[str, Any]:
+        echo = self._echo(done["index"])
+        logprobs = None
+        if self._request.completion.logprobs and "probabilities" in done:
+            prompt = _with_first(done.get("prompt_probabilities") or [], echo)
+            logprobs = _text_logprobs([*prompt, *done["probabilities"]], self._request, 0)
+        return self._part(index, echo + done["content"], logprobs) | {"finish_reason": _finish_reason(done)}
+
+    def _deltas(self, token: Mapping[str, Any]) -> list[dict[str, Any]]:
+        index, offset = token["index"], self._offsets.get(token["index"], 0)
+        self._offsets[index] = offset + len(token["content"])
+        logprobs = _text_logprobs(token["probabilities"], self._request, offset) if token.get("probabilities") else None
+        return [self._part(index, token["content"], logprobs)]
+
+    def _end(self, done: Mapping[str, Any]) -> dict[str, Any]:
+        return self._part(done["index"], "") | {"finish_reason": _finish_reason(done)}
+
+    def _echo(self, index: int) -> str:
+        return self._echoes[index // self._request.completion.n] if self._echoes else ""
+
+    def _part(self, index: int, text: str, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return {"index": index, "text": text, "logprobs": logprobs, "finish_reason": None}
+
+
+def _delta(index: int, delta: dict[str, Any], logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"index": index, "delta": delta, "logprobs": logprobs, "finish_reason": None}
+
+
+def _best(done: Sequence[Mapping[str, Any]], request: Request) -> list[Mapping[str, Any]]:
+    """Of each prompt's completions the `n` with the highest log probability per token, best first."""
+    made = request.completion.n
+    if request.n == made:
+        return list(done)
+    groups = [done[begin : begin + made] for begin in range(0, len(done), made)]
+    return [event for group in groups for event in sorted(group, key=_mean_logprob, reverse=True)[: request.n]]
+
+
+def _mean_logprob(done: Mapping[str, Any]) -> float:
+    logprobs = [token["logprob"] for token in done["probabilities"]]
+    return sum(logprobs) / len(logprobs) if logprobs else 0.0
+
+
+def _chat_logprobs(event: Mapping[str, Any]) -> dict[str, Any] | None:
+    if not event.get("probabilities"):
+        return None
+    content = [
+        _openai_token(token) | {"top_logprobs": [_openai_token(other) for other in token["top_logprobs"]]}
+        for token in map(schema.named, event["probabilities"])
+    ]
+    return {"content": content, "refusal": None}
+
+
+def _openai_token(token: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: token[name] for name in ("token", "logprob", "bytes")}
+
+
+def _with_first(tokens: Sequence[Mapping[str, Any] | None], text: str) -> list[Mapping[str, Any]]:
+    """The tokens of a prompt. The first one, which nothing foretells and the worker leaves out, is the rest of it."""
+    others = [token for token in tokens if token is not None]
+    if not tokens:
+        return []
+    rest = b"".join(bytes(token["bytes"]) for token in others)
+    first = text.encode().removesuffix(rest)
+    return [{"id": -1, "bytes": list(first), "logprob": None, "top_logprobs": None}, *others]
+
+
+def _text_logprobs(tokens: Sequence[Mapping[str, Any]], request: Request, offset: int) -> dict[str, Any]:
+    """The older shape, of `/v1/completions`. `offset` is where the tokens' text begins, in characters."""
+    texts = [bytes(token["bytes"]).decode(errors="replace") for token in tokens]
+    offsets = []
+    for text in texts:
+        offsets.append(offset)
+        offset += len(text)
+    top = [
+        {bytes(other["bytes"]).decode(errors="replace"): other["logprob"] for other in token["top_logprobs"]}
+        if token["top_logprobs"] is not None
+        else None
+        for token in tokens
+    ]
+    return {
+        "tokens": texts,
+        "token_logprobs": [token["logprob"] for token in tokens],
+        "top_logprobs": top if request.completion.n_probs else None,
+        "text_offset": offsets,
+    }
 
 
 def model_body(name: str, created: int) -> dict[str, Any]:
@@ -351,29 +602,16 @@ def _finish_reason(done: Mapping[str, Any]) -> str:
     return "stop" if done["stop_type"] in ("eos", "word") else "length"
 
 
-def _usage(done: Mapping[str, Any]) -> dict[str, Any]:
-    prompt, predicted = done["tokens_evaluated"], done["tokens_predicted"]
+def _usage(done: Sequence[Mapping[str, Any]], n: int) -> dict[str, Any]:
+    """What was computed: each prompt counts once, whatever was made of it."""
+    prompts = done[::n]
+    prompt, predicted = (
+        sum(event["tokens_evaluated"] for event in prompts),
+        sum(event["tokens_predicted"] for event in done),
+    )
     return {
         "prompt_tokens": prompt,
         "completion_tokens": predicted,
         "total_tokens": prompt + predicted,
-        "prompt_tokens_details": {"cached_tokens": done["tokens_cached"]},
+        "prompt_tokens_details": {"cached_tokens": sum(event["tokens_cached"] for event in prompts)},
     }
-
-
-KNOWN_FIELDS = (
-    schema.sampling_kinds().keys()
-    | CHAT_NEUTRAL.keys()
-    | TEXT_NEUTRAL.keys()
-    | INERT
-    | {
-        "max_completion_tokens",
-        "max_tokens",
-        "messages",
-        "model",
-        "prompt",
-        "seed",
-        "stop",
-        "stream_options",
-    }
-)

@@ -53,8 +53,21 @@ _TIMINGS = _object(
         "draft_n_accepted": _COUNT,
     }
 )
-_COMPLETION = _object(
+_TOKEN_PROBABILITY = _object(
     {
+        "id": _COUNT,
+        "token": _STRING,
+        "bytes": {"type": "array", "items": {"type": "integer", "minimum": 0, "maximum": 255}},
+        "logprob": {"type": "number"},
+        "top_logprobs": {"type": "array"},
+        "prob": {"type": "number"},
+        "top_probs": {"type": "array"},
+    },
+    ("logprob", "top_logprobs", "prob", "top_probs"),
+)
+_COMPLETION: dict[str, Any] = _object(
+    {
+        "index": _COUNT,
         "content": _STRING,
         "tokens": {"type": "array", "items": _COUNT},
         "stop": {"const": True},
@@ -67,8 +80,11 @@ _COMPLETION = _object(
         "truncated": {"type": "boolean"},
         "generation_settings": {"type": "object"},
         "timings": _TIMINGS,
+        "completion_probabilities": {"type": "array", "items": _TOKEN_PROBABILITY},
     }
 )
+_COMPLETION["required"] = []  # response_fields chooses
+_COMPLETIONS = {"anyOf": [_COMPLETION, {"type": "array", "items": _COMPLETION, "minItems": 2}]}
 _USAGE = _object(
     {
         "prompt_tokens": _COUNT,
@@ -81,10 +97,9 @@ _MODEL = _object({"id": _STRING, "object": {"const": "model"}, "created": _COUNT
 
 
 def _choices(content: dict[str, Any]) -> dict[str, Any]:
-    choice = _object(
-        {"index": {"const": 0}, "logprobs": {"type": "null"}, "finish_reason": {"enum": ["stop", "length"]}, **content}
-    )
-    return {"type": "array", "items": choice, "minItems": 1, "maxItems": 1}
+    head = {"index": _COUNT, "logprobs": {"type": ["object", "null"]}}
+    choice = _object(head | {"finish_reason": {"enum": ["stop", "length", "tool_calls"]}, **content})
+    return {"type": "array", "items": choice, "minItems": 1}
 
 
 def _answer(kind: str, content: dict[str, Any]) -> dict[str, Any]:
@@ -101,7 +116,22 @@ def _answer(kind: str, content: dict[str, Any]) -> dict[str, Any]:
     )
 
 
-_MESSAGE = _object({"role": {"const": "assistant"}, "content": _STRING, "refusal": {"type": "null"}})
+_CALL = _object(
+    {
+        "id": _STRING,
+        "type": {"const": "function"},
+        "function": _object({"name": _STRING, "arguments": {"type": "string", "contentMediaType": JSON}}),
+    }
+)
+_MESSAGE = _object(
+    {
+        "role": {"const": "assistant"},
+        "content": {"type": ["string", "null"]},
+        "refusal": {"type": "null"},
+        "tool_calls": {"type": "array", "items": _CALL},
+    },
+    ("tool_calls",),
+)
 _CHAT = _answer("chat.completion", {"message": _MESSAGE})
 _TEXT = _answer("text_completion", {"text": _STRING})
 
@@ -128,19 +158,20 @@ def _get(summary: str, response: dict[str, Any], content_type: str = JSON) -> di
 
 def document(settings: Settings) -> dict[str, Any]:
     """The OpenAPI 3.1 document."""
-    completion = schema.document(schema.completion_kinds(settings), ["prompt"], schema.NEUTRAL, schema.INERT)
+    completion = schema.document(schema.completion_kinds(settings), ["prompt"], schema.NEUTRAL)
     chat = schema.document(openai.chat_kinds(settings), ["messages"], openai.CHAT_NEUTRAL, openai.INERT)
     text = schema.document(openai.text_kinds(settings), ["prompt"], openai.TEXT_NEUTRAL, openai.INERT)
-    tokenize = schema.document(schema.tokenize_kinds(settings), ["content"], schema.TOKENIZE_NEUTRAL)
+    tokenize = schema.document(schema.tokenize_kinds(settings), ["content"])
     template = schema.document(openai.template_kinds(settings), ["messages"])
     model = {"name": "model", "in": "path", "required": True, "schema": _STRING}
-    tokens = {"type": "array", "items": _COUNT}
+    piece = {"anyOf": [_STRING, {"type": "array", "items": _COUNT}]}
+    tokens = {"type": "array", "items": {"anyOf": [_COUNT, _object({"id": _COUNT, "piece": piece})]}}
     return {
         "openapi": "3.1.0",
         "info": {"title": "BitNet Lambda", "version": VERSION, "license": {"name": "Apache-2.0"}},
         "paths": {
             "/completion": {
-                "post": _post("Continue a text, as llama.cpp does.", completion, _COMPLETION, streams=True)
+                "post": _post("Continue a text, as llama.cpp does.", completion, _COMPLETIONS, streams=True)
             },
             "/v1/chat/completions": {"post": _post("Answer in a chat, as OpenAI does.", chat, _CHAT, streams=True)},
             "/v1/completions": {"post": _post("Continue a text, as OpenAI does.", text, _TEXT, streams=True)},

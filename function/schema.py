@@ -9,9 +9,9 @@ Validation is written out here because importing a validation library costs more
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, NoReturn, Protocol
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
 if TYPE_CHECKING:
     from function.settings import Settings
@@ -20,6 +20,14 @@ INT32_MAX = 2**31 - 1
 UINT32_MAX = 2**32 - 1
 MAX_STOPS = 64
 MAX_STOP_BYTES = 1024
+MAX_COMPLETIONS = 128  # of one request: prompts × completions of each
+MAX_N = 16  # completions of a prompt
+MAX_N_PROBS = 100
+MAX_LOGIT_BIASES = 1024
+MAX_BREAKERS = 64
+MAX_GRAMMAR_BYTES = 256 * 1024
+MAX_RESPONSE_FIELDS = 64
+MAX_NAME_BYTES = 256
 SHOWN_CHARACTERS = 40  # of a wrong value, in the error that names it
 
 
@@ -181,9 +189,11 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Stops:
-    """Stop strings: an array of at most 64, none of them empty; or, where `or_one`, a string."""
+class Texts:
+    """An array of at most `most` strings, none of them empty; or, where `or_one`, a string."""
 
+    most: int = MAX_STOPS
+    max_bytes: int = MAX_STOP_BYTES
     or_one: bool = False
 
     def __call__(self, name: str, value: object) -> tuple[str, ...]:
@@ -193,10 +203,10 @@ class Stops:
         if not isinstance(value, list):
             kind = "a string or an array of strings" if self.or_one else "an array of strings"
             raise invalid(f"'{name}' must be {kind}, got {describe(value)}", param=name, code="invalid_type")
-        if len(value) > MAX_STOPS:
-            message = f"'{name}' must have at most {MAX_STOPS} strings, got {len(value)}"
+        if len(value) > self.most:
+            message = f"'{name}' must have at most {self.most} strings, got {len(value)}"
             raise invalid(message, param=name, code="too_long")
-        check = Text(MAX_STOP_BYTES)
+        check = Text(self.max_bytes)
         words = tuple(check(f"{name}[{index}]", word, param=name) for index, word in enumerate(value))
         if "" in words:
             raise invalid(f"'{name}[{words.index('')}]' must not be empty", param=name)
@@ -204,9 +214,43 @@ class Stops:
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
-        word = Text(MAX_STOP_BYTES).document() | {"minLength": 1}
-        words = {"type": "array", "items": word, "maxItems": MAX_STOPS}
+        word = Text(self.max_bytes).document() | {"minLength": 1}
+        words = {"type": "array", "items": word, "maxItems": self.most}
         return {"anyOf": [word, words]} if self.or_one else words
+
+
+@dataclass(frozen=True)
+class Choices:
+    """An array of names out of `names`, each at most once."""
+
+    names: tuple[str, ...]
+
+    def __call__(self, name: str, value: object) -> tuple[str, ...]:
+        """Checks `value`."""
+        if not isinstance(value, list):
+            raise invalid(
+                f"'{name}' must be an array of strings, got {describe(value)}", param=name, code="invalid_type"
+            )
+        for index, choice in enumerate(value):
+            if choice not in self.names:
+                message = f"'{name}[{index}]' must be one of {', '.join(self.names)}, got {describe(choice)}"
+                raise invalid(message, param=name)
+            if choice in value[:index]:
+                raise invalid(f"'{name}[{index}]' must not be there twice, got {describe(choice)}", param=name)
+        return tuple(value)
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {"type": "array", "items": {"enum": list(self.names)}, "uniqueItems": True}
+
+
+def token_id(where: str, value: object, name: str) -> int:
+    """Checks a token id, at `where` in the field `name`. How many there are depends on the model."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise invalid(f"'{where}' must be a token id, got {describe(value)}", param=name, code="invalid_type")
+    if not 0 <= value <= INT32_MAX:
+        raise invalid(f"'{where}' must be from 0 to {INT32_MAX}, got {describe(value)}", param=name)
+    return value
 
 
 @dataclass(frozen=True)
@@ -222,37 +266,158 @@ class Tokens:
             raise invalid(message, param=name, code="invalid_type")
         if len(value) < self.least:
             raise invalid(f"'{name}' must have at least one token id, got an empty array", param=name)
-        for index, token in enumerate(value):
-            if isinstance(token, bool) or not isinstance(token, int):
-                message = f"'{name}[{index}]' must be a token id, got {describe(token)}"
-                raise invalid(message, param=name, code="invalid_type")
-            if not 0 <= token <= INT32_MAX:
-                raise invalid(f"'{name}[{index}]' must be from 0 to {INT32_MAX}, got {describe(token)}", param=name)
-        return tuple(value)
+        return tuple(token_id(f"{name}[{index}]", token, name) for index, token in enumerate(value))
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema. How many ids there are depends on the model."""
         return {"type": "array", "items": Integer(0, INT32_MAX).document(), "minItems": self.least}
 
 
+Prompt = str | tuple[int | str, ...]  # a text, or token ids and texts
+
+
 @dataclass(frozen=True)
-class Prompt:
-    """A text of at most `max_bytes` of UTF-8, or an array of token ids."""
+class Prompts:
+    """One prompt or an array of them, in all at most `max_bytes` of UTF-8.
+
+    A prompt is a text, an array of token ids and texts, or `{"prompt_string": …}`. An array that has numbers is one.
+    """
 
     max_bytes: int
 
-    def __call__(self, name: str, value: object) -> str | tuple[int, ...]:
+    def __call__(self, name: str, value: object) -> tuple[Prompt, ...]:
         """Checks `value`."""
-        if isinstance(value, str):
-            return Text(self.max_bytes)(name, value)
-        if not isinstance(value, list):
-            message = f"'{name}' must be a string or an array of token ids, got {describe(value)}"
-            raise invalid(message, param=name, code="invalid_type")
-        return Tokens(1)(name, value)
+        several = isinstance(value, list) and value and not any(isinstance(item, int | float) for item in value)
+        if not several:
+            return (self._one(name, value, name),)
+        assert isinstance(value, list)
+        if len(value) > MAX_COMPLETIONS:
+            message = f"'{name}' must have at most {MAX_COMPLETIONS} prompts, got {len(value)}"
+            raise invalid(message, param=name, code="too_long")
+        prompts = tuple(self._one(f"{name}[{index}]", item, name) for index, item in enumerate(value))
+        if (size := sum(map(_text_bytes, prompts))) > self.max_bytes:
+            raise invalid(f"'{name}' must have at most {self.max_bytes} bytes of UTF-8 in all, got {size}", param=name)
+        return prompts
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
-        return {"anyOf": [Text(self.max_bytes).document(), Tokens(1).document()]}
+        text = Text(self.max_bytes).document()
+        mixed = {"type": "array", "items": {"anyOf": [Integer(0, INT32_MAX).document(), text]}, "minItems": 1}
+        wrapped = document({"prompt_string": Text(self.max_bytes)}, ["prompt_string"], WRAPPED_NEUTRAL)
+        several = {
+            "type": "array",
+            "items": {"anyOf": [text, mixed, wrapped]},
+            "minItems": 1,
+            "maxItems": MAX_COMPLETIONS,
+        }
+        return {"anyOf": [text, mixed, wrapped, several]}
+
+    def _one(self, where: str, value: object, name: str) -> Prompt:
+        if isinstance(value, dict):
+            try:
+                given = check(value, {"prompt_string": Text(self.max_bytes)}, ["prompt_string"], WRAPPED_NEUTRAL)
+            except ApiError as error:
+                raise invalid(f"'{where}': {error.message}", param=name, code=error.code) from None
+            return str(given["prompt_string"])
+        if isinstance(value, str):
+            return Text(self.max_bytes)(where, value, param=name)
+        if not isinstance(value, list):
+            message = f"'{where}' must be a string or an array of token ids and strings, got {describe(value)}"
+            raise invalid(message, param=name, code="invalid_type")
+        if not value:
+            raise invalid(f"'{where}' must have at least one token id, got an empty array", param=name)
+        prompt = tuple(self._part(f"{where}[{index}]", part, name) for index, part in enumerate(value))
+        if (size := _text_bytes(prompt)) > self.max_bytes:
+            raise invalid(f"'{where}' must have at most {self.max_bytes} bytes of UTF-8, got {size}", param=name)
+        return prompt
+
+    def _part(self, where: str, part: object, name: str) -> int | str:
+        if isinstance(part, str):
+            return Text(self.max_bytes)(where, part, param=name)
+        return token_id(where, part, name)
+
+
+WRAPPED_NEUTRAL: dict[str, tuple[object, ...]] = {"multimodal_data": ([],)}
+
+
+def _text_bytes(prompt: Prompt) -> int:
+    return sum(
+        len(part.encode()) for part in ((prompt,) if isinstance(prompt, str) else prompt) if isinstance(part, str)
+    )
+
+
+Bias = tuple[int | str, float | Literal[False]]  # a token id, or a text whose tokens are meant; False: never
+
+
+@dataclass(frozen=True)
+class LogitBias:
+    """`[[id or text, number or false], …]`, or `{"id or text": number or false, …}`, numbers from −`most` to `most`."""
+
+    most: float
+
+    def __call__(self, name: str, value: object) -> tuple[Bias, ...]:
+        """Checks `value`."""
+        if isinstance(value, dict):
+            pairs: list[Any] = [
+                [int(key) if key.isascii() and key.isdigit() else key, bias] for key, bias in value.items()
+            ]
+        elif isinstance(value, list):
+            pairs = value
+        else:
+            message = f"'{name}' must be an object or an array of [token, bias], got {describe(value)}"
+            raise invalid(message, param=name, code="invalid_type")
+        if len(pairs) > MAX_LOGIT_BIASES:
+            message = f"'{name}' must have at most {MAX_LOGIT_BIASES} entries, got {len(pairs)}"
+            raise invalid(message, param=name, code="too_long")
+        return tuple(self._pair(f"{name}[{index}]", pair, name) for index, pair in enumerate(pairs))
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        bias = {"anyOf": [Number(-self.most, self.most).document(), {"const": False}]}
+        token = {"anyOf": [Integer(0, INT32_MAX).document(), Text(MAX_STOP_BYTES).document()]}
+        pair = {"type": "array", "prefixItems": [token, bias], "minItems": 2, "maxItems": 2}
+        return {
+            "anyOf": [
+                {"type": "object", "additionalProperties": bias, "maxProperties": MAX_LOGIT_BIASES},
+                {"type": "array", "items": pair, "maxItems": MAX_LOGIT_BIASES},
+            ]
+        }
+
+    def _pair(self, where: str, pair: object, name: str) -> Bias:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise invalid(f"'{where}' must be [token, bias], got {describe(pair)}", param=name, code="invalid_type")
+        token, bias = pair
+        if isinstance(token, str):
+            token = Text(MAX_STOP_BYTES)(f"{where}[0]", token, param=name)
+        else:
+            token = token_id(f"{where}[0]", token, name)
+        if bias is False:
+            return token, False
+        try:
+            return token, Number(-self.most, self.most)(f"{where}[1]", bias)
+        except ApiError as error:
+            raise invalid(error.message, param=name, code=error.code) from None
+
+
+@dataclass(frozen=True)
+class Object:
+    """Any JSON object, as the text that spells it."""
+
+    max_bytes: int = MAX_GRAMMAR_BYTES
+
+    def __call__(self, name: str, value: object) -> str:
+        """Checks `value`."""
+        if not isinstance(value, dict):
+            raise invalid(f"'{name}' must be an object, got {describe(value)}", param=name, code="invalid_type")
+        try:
+            text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+        except (ValueError, RecursionError):
+            raise invalid(f"'{name}' must be JSON: finite numbers, not nested too deeply", param=name) from None
+        return Text(self.max_bytes)(name, text)
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {"type": "object"}
 
 
 # The ranges of the sampling fields: of requests, and of the settings that give their defaults.
@@ -265,57 +430,45 @@ REPEAT_PENALTY = Number(0, 100, low_included=False)
 REPEAT_LAST_N = Integer(-1, INT32_MAX)
 PENALTY = Number(-100, 100)
 SEED = Integer(-1, UINT32_MAX)
+MAX_BIAS = 1e6
+MAX_PREDICT_MS = 86_400_000
 
 # Fields of llama.cpp that the engine does not have: taken with these values, which change nothing, otherwise refused.
-SAMPLERS = ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
 NEUTRAL: dict[str, tuple[object, ...]] = {
-    "dry_multiplier": (0,),
-    "dynatemp_range": (0,),
-    "grammar": ("",),
     "id_slot": (-1, 0),
     "image_data": ([],),
-    "json_schema": (),
-    "logit_bias": ([], {}),
     "lora": ([],),
-    "min_keep": (0,),
-    "mirostat": (0,),
     "n_cache_reuse": (0,),
     "n_discard": (0,),
     "n_indent": (0,),
     "n_keep": (0, -1),
-    "n_probs": (0,),
     "penalize_nl": (False,),
-    "post_sampling_probs": (False,),
-    "response_fields": ([],),
     "return_progress": (False,),
-    "samplers": (SAMPLERS,),
     "slot_id": (-1, 0),
-    "t_max_predict_ms": (0, -1),
+    "sse_ping_interval": (-1,),
     "t_max_prompt_ms": (0, -1),
     "tfs_z": (1,),
     "timings_per_token": (False,),
-    "top_n_sigma": (-1,),
-    "typical_p": (1,),
-    "xtc_probability": (0,),
 }
-# Fine-tuning of switches above that are off: without effect whatever they say.
-INERT = {
-    "dry_allowed_length",
-    "dry_base",
-    "dry_penalty_last_n",
-    "dry_sequence_breakers",
-    "dynatemp_exponent",
-    "mirostat_eta",
-    "mirostat_tau",
-    "xtc_threshold",
-}
+
+SAMPLERS = ("penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature")
+DRY_BREAKERS = ("\n", ":", '"', "*")
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What every answer must look like. `field` of the request says so, and is named if it cannot be done."""
+
+    language: Literal["json_schema", "gbnf", "lark"]
+    text: str
+    field: str
 
 
 @dataclass(frozen=True)
 class CompletionRequest:
     """A valid `/completion`. Fields that the request left out have the settings' defaults."""
 
-    prompt: str | tuple[int | str, ...]
+    prompts: tuple[Prompt, ...]
     n_predict: int
     temperature: float
     top_k: int
@@ -323,47 +476,125 @@ class CompletionRequest:
     min_p: float
     repeat_penalty: float
     repeat_last_n: int
-    presence_penalty: float
-    frequency_penalty: float
-    seed: int
-    stop: tuple[str, ...]
-    ignore_eos: bool
-    cache_prompt: bool
-    special: bool
-    stream: bool
-    return_tokens: bool
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    seed: int = -1
+    stop: tuple[str, ...] = ()
+    ignore_eos: bool = False
+    cache_prompt: bool = True
+    special: bool = False
+    stream: bool = False
+    return_tokens: bool = False
+    n: int = 1
+    """Completions of each prompt; llama.cpp's n_cmpl."""
+    n_probs: int = 0
+    logprobs: bool = False
+    """Of the chosen tokens, also where n_probs is 0."""
+    prompt_logprobs: bool = False
+    post_sampling_probs: bool = False
+    logit_bias: tuple[Bias, ...] = ()
+    samplers: tuple[str, ...] = SAMPLERS
+    typical_p: float = 1.0
+    top_n_sigma: float = -1.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dynatemp_range: float = 0.0
+    dynatemp_exponent: float = 1.0
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_penalty_last_n: int = 64
+    dry_sequence_breakers: tuple[str, ...] = DRY_BREAKERS
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+    min_keep: int = 0
+    t_max_predict_ms: int = 0
+    structure: Structure | None = None
+    response_fields: tuple[str, ...] = ()
+    prompt_cache_key: str | None = None
 
-    def for_engine(self) -> dict[str, Any]:
-        """The fields of the worker's `completion` (docs/worker-protocol.md)."""
-        return {name: value for name, value in self._items() if name != "return_tokens"}
+    def for_engine(self, biases: Mapping[int, float | Literal[False]], add_bos: bool) -> list[dict[str, Any]]:
+        """The worker's `completion` for each prompt, without `op` and `id` (docs/worker-protocol.md).
+
+        `biases` is logit_bias with every text as its tokens; `add_bos` says whether the model's texts begin with BOS.
+        """
+        common = {name: value for name, value in self._items() if name in _ALWAYS or _changes(name, value)}
+        if biases:
+            common["logit_bias"] = [[token, bias] for token, bias in biases.items()]
+        if self.structure is not None:
+            common["mask"] = True
+        return [common | {"prompt": prompt} | _bos(prompt, add_bos) for prompt in self.prompts]
 
     def generation_settings(self, seed: int) -> dict[str, Any]:
         """What the text was made with; `seed` is the one that was used."""
-        return {name: value for name, value in self._items() if name not in ("prompt", "return_tokens")} | {
-            "seed": seed
-        }
+        settings = {name: value for name, value in self._items() if name not in _NO_SETTING}
+        if self.structure is not None and self.structure.field in ("grammar", "json_schema"):
+            settings[self.structure.field] = self.structure.text
+        return settings | {"n_cmpl": self.n, "seed": seed}
 
     def _items(self) -> Iterable[tuple[str, Any]]:
         return ((field.name, getattr(self, field.name)) for field in fields(self))
 
 
-COMPLETION_FIELDS = frozenset(field.name for field in fields(CompletionRequest))
-KNOWN_FIELDS = COMPLETION_FIELDS | NEUTRAL.keys() | INERT
+# Of the fields of CompletionRequest: what the worker does not know, what it is always told, what is no setting.
+_OURS = {"prompts", "return_tokens", "logit_bias", "structure", "response_fields", "prompt_cache_key"}
+_ALWAYS = {field.name for field in fields(CompletionRequest)[1:8]} | {"seed", "cache_prompt", "stream"}
+_NO_SETTING = {
+    "n",
+    "logprobs",
+    "prompt_logprobs",
+    "prompts",
+    "prompt_cache_key",
+    "response_fields",
+    "return_tokens",
+    "structure",
+}
+_DEFAULTS = {field.name: field.default for field in fields(CompletionRequest)}
+
+
+def _changes(name: str, value: object) -> bool:
+    return name not in _OURS and value != _DEFAULTS[name]
+
+
+def _bos(prompt: Prompt, add_bos: bool) -> dict[str, bool]:
+    """A text gets a BOS from the worker by itself; an array that begins with a text too, in llama.cpp."""
+    return {"add_bos": True} if add_bos and not isinstance(prompt, str) and isinstance(prompt[0], str) else {}
 
 
 def sampling_kinds() -> dict[str, Kind]:
     """The fields that llama.cpp's and OpenAI's requests share, and those of llama.cpp that the latter may have too."""
+    least = 1e-6
+    most = 1e6
     return {
         "temperature": TEMPERATURE,
         "top_k": TOP_K,
         "top_p": TOP_P,
         "min_p": MIN_P,
+        "typical_p": Number(0, 1, low_included=False),
+        "top_n_sigma": Number(-1, most),
+        "xtc_probability": Number(0, 1),
+        "xtc_threshold": Number(0, 1),
+        "dynatemp_range": Number(0, 100),
+        "dynatemp_exponent": Number(0, 100),
         "repeat_penalty": REPEAT_PENALTY,
         "repeat_last_n": REPEAT_LAST_N,
         "presence_penalty": PENALTY,
         "frequency_penalty": PENALTY,
+        "dry_multiplier": Number(0, 100),
+        "dry_base": Number(1, 100),
+        "dry_allowed_length": Integer(0, INT32_MAX),
+        "dry_penalty_last_n": Integer(-1, INT32_MAX),
+        "dry_sequence_breakers": Texts(MAX_BREAKERS, MAX_STOP_BYTES),
+        "mirostat": Integer(0, 2),
+        "mirostat_tau": Number(least, 100),
+        "mirostat_eta": Number(least, 100),
+        "min_keep": Integer(0, INT32_MAX),
+        "samplers": Choices(SAMPLERS),
+        "t_max_predict_ms": Integer(-1, MAX_PREDICT_MS),
         "ignore_eos": Boolean(),
         "cache_prompt": Boolean(),
+        "prompt_cache_key": Text(MAX_NAME_BYTES),
         "stream": Boolean(),
     }
 
@@ -376,12 +607,19 @@ def length_kind(settings: Settings) -> Integer:
 def completion_kinds(settings: Settings) -> dict[str, Kind]:
     """The fields of `/completion`."""
     return sampling_kinds() | {
-        "prompt": Prompt(settings.max_prompt_bytes),
+        "prompt": Prompts(settings.max_prompt_bytes),
         "n_predict": length_kind(settings),
+        "n_cmpl": Integer(1, MAX_N),
         "seed": SEED,
-        "stop": Stops(),
+        "stop": Texts(),
         "special": Boolean(),
         "return_tokens": Boolean(),
+        "n_probs": Integer(0, MAX_N_PROBS),
+        "post_sampling_probs": Boolean(),
+        "logit_bias": LogitBias(MAX_BIAS),
+        "grammar": Text(MAX_GRAMMAR_BYTES),
+        "json_schema": Object(),
+        "response_fields": Texts(MAX_RESPONSE_FIELDS, MAX_NAME_BYTES),
     }
 
 
@@ -391,11 +629,25 @@ def parse_completion(body: Mapping[str, object], settings: Settings) -> Completi
     Raises:
         ApiError: 400, naming the field, its limit and the value.
     """
-    return completion_request(check(body, completion_kinds(settings), ["prompt"], NEUTRAL, INERT), settings)
+    given = check(body, completion_kinds(settings), ["prompt"], NEUTRAL)
+    given["prompts"] = given.pop("prompt")
+    given["n"] = given.pop("n_cmpl", 1)
+    grammar, json_schema = given.pop("grammar", ""), given.pop("json_schema", None)
+    if grammar and json_schema is not None:
+        raise invalid("'grammar' and 'json_schema' cannot be together: send one of them", param="grammar")
+    if grammar:
+        given["structure"] = Structure("gbnf", grammar, "grammar")
+    elif json_schema is not None:
+        given["structure"] = Structure("json_schema", json_schema, "json_schema")
+    return completion_request(given, settings)
 
 
 def completion_request(given: Mapping[str, Any], settings: Settings) -> CompletionRequest:
-    """A request of checked values; where one is not given, the default."""
+    """A request of checked values; where one is not given, the default.
+
+    Raises:
+        ApiError: 400: too many completions in all.
+    """
     defaults = {
         "n_predict": settings.n_predict,
         "temperature": settings.temperature,
@@ -404,20 +656,16 @@ def completion_request(given: Mapping[str, Any], settings: Settings) -> Completi
         "min_p": settings.min_p,
         "repeat_penalty": settings.repeat_penalty,
         "repeat_last_n": settings.repeat_last_n,
-        "presence_penalty": 0.0,
-        "frequency_penalty": 0.0,
-        "seed": -1,
-        "stop": (),
-        "ignore_eos": False,
-        "cache_prompt": True,
-        "special": False,
-        "stream": False,
-        "return_tokens": False,
     }
     values: dict[str, Any] = {**defaults, **given}
     if settings.max_n_predict and values["n_predict"] == -1:
         values["n_predict"] = settings.max_n_predict
-    return CompletionRequest(**values)
+    values["t_max_predict_ms"] = max(0, values.get("t_max_predict_ms", 0))
+    request = CompletionRequest(**values)
+    if (count := len(request.prompts) * request.n) > MAX_COMPLETIONS:
+        message = f"'prompt' must have at most {MAX_COMPLETIONS} completions in all, got {count}"
+        raise invalid(message, param="prompt", code="too_long")
+    return request
 
 
 def check(
@@ -473,21 +721,27 @@ def document(
 
 
 class Answer(Protocol):
-    """How the worker's events become an answer. `done` and `token` are events of docs/worker-protocol.md."""
+    """How the worker's events become an answer. `done` and `token` are events of docs/worker-protocol.md.
+
+    Their `index` is the number of the completion: of the first prompt's `n`, then of the second one's.
+    """
 
     end: str  # of a stream, after the events
 
-    def whole(self, done: Mapping[str, Any], model: str) -> dict[str, Any]:
-        """The JSON answer."""
+    def whole(self, done: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any] | list[dict[str, Any]]:
+        """The JSON answer, of all completions in the order of their index."""
 
     def opening(self, model: str) -> list[dict[str, Any]]:
         """The events of a stream before the first piece."""
 
-    def piece(self, token: Mapping[str, Any], model: str) -> dict[str, Any]:
-        """An event of a stream: the text since the one before."""
+    def piece(self, token: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+        """The events of a stream for a piece of text."""
 
-    def closing(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
-        """The events of a stream after the last piece."""
+    def last(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+        """The events of a stream after the last piece of one completion."""
+
+    def closing(self, done: Sequence[Mapping[str, Any]], model: str) -> list[dict[str, Any]]:
+        """The events of a stream after the last piece of all."""
 
 
 class LlamaAnswer:
@@ -498,29 +752,78 @@ class LlamaAnswer:
     def __init__(self, request: CompletionRequest) -> None:
         self._request = request
 
-    def whole(self, done: Mapping[str, Any], model: str) -> dict[str, Any]:
-        """The JSON answer."""
-        return completion_body(self._request, done, model)
+    def whole(self, done: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any] | list[dict[str, Any]]:
+        """The JSON answer; an array if there are several completions."""
+        bodies = [self._body(event, model) for event in done]
+        return bodies[0] if len(bodies) == 1 else bodies
 
     def opening(self, _model: str) -> list[dict[str, Any]]:
         """The events before the first piece."""
         return []
 
-    def piece(self, token: Mapping[str, Any], _model: str) -> dict[str, Any]:
+    def piece(self, token: Mapping[str, Any], _model: str) -> list[dict[str, Any]]:
         """An event: the text and the token ids since the one before."""
-        return {"content": token["content"], "tokens": token["tokens"], "stop": False}
+        names = ("index", "content", "tokens")
+        return [{name: token[name] for name in names} | {"stop": False} | probabilities(token)]
 
-    def closing(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
-        """The events after the last piece."""
-        return [completion_body(self._request, done, model)]
+    def last(self, done: Mapping[str, Any], model: str) -> list[dict[str, Any]]:
+        """The event that says how a completion ended."""
+        return [self._body(done, model)]
+
+    def closing(self, _done: Sequence[Mapping[str, Any]], _model: str) -> list[dict[str, Any]]:
+        """The events after the last completion."""
+        return []
+
+    def _body(self, done: Mapping[str, Any], model: str) -> dict[str, Any]:
+        body = completion_body(self._request, done, model)
+        return picked(body, self._request.response_fields) if self._request.response_fields else body
+
+
+def probabilities(event: Mapping[str, Any]) -> dict[str, Any]:
+    """llama.cpp's `completion_probabilities` of a `token` or `done` event; nothing if they were not asked for.
+
+    Each token's object gets `token`, the text of its bytes: those that are no UTF-8 become U+FFFD.
+    """
+    return (
+        {"completion_probabilities": [named(token) for token in event["probabilities"]]}
+        if event.get("probabilities")
+        else {}
+    )
+
+
+def named(token: Mapping[str, Any]) -> dict[str, Any]:
+    """A token of the worker's `probabilities`, and the tokens that it was chosen from, with their text."""
+    head = {"id": token["id"], "token": bytes(token["bytes"]).decode(errors="replace")}
+    rest = {
+        name: [named(other) for other in value] if name.startswith("top_") else value for name, value in token.items()
+    }
+    return head | rest
+
+
+def picked(body: Mapping[str, Any], paths: Iterable[str]) -> dict[str, Any]:
+    """llama.cpp's `response_fields`: what is at each path ("generation_settings/seed"), with the path as its name."""
+    result: dict[str, Any] = {}
+    for path in paths:
+        value: Any = body
+        for name in path.split("/"):
+            if not isinstance(value, dict) or name not in value:
+                break
+            value = value[name]
+        else:
+            result[path] = value
+    return result
 
 
 def tokenize_kinds(settings: Settings) -> dict[str, Kind]:
     """The fields of `/tokenize`."""
-    return {"content": Text(settings.max_prompt_bytes), "add_special": Boolean(), "parse_special": Boolean()}
+    return {
+        "content": Text(settings.max_prompt_bytes),
+        "add_special": Boolean(),
+        "parse_special": Boolean(),
+        "with_pieces": Boolean(),
+    }
 
 
-TOKENIZE_NEUTRAL: dict[str, tuple[object, ...]] = {"with_pieces": (False,)}
 DETOKENIZE_KINDS: dict[str, Kind] = {"tokens": Tokens()}
 
 
@@ -531,6 +834,7 @@ def completion_body(request: CompletionRequest, done: Mapping[str, Any], model: 
     not computed again; `timings` are in milliseconds and tokens a second.
     """
     return {
+        "index": done["index"],
         "content": "" if request.stream else done["content"],
         "tokens": done["tokens"] if request.return_tokens and not request.stream else [],
         "stop": True,
@@ -543,7 +847,7 @@ def completion_body(request: CompletionRequest, done: Mapping[str, Any], model: 
         "truncated": done["truncated"],
         "generation_settings": request.generation_settings(done["seed"]),
         "timings": done["timings"],
-    }
+    } | ({} if request.stream else probabilities(done))
 
 
 def parse_object(raw: bytes) -> dict[str, object]:

@@ -46,6 +46,10 @@ def _choice(*choices: str) -> Parse:
     return check
 
 
+def _flag(name: str, text: str) -> bool:
+    return bool(_choice("true", "false")(name, text) == "true")
+
+
 def _text(_name: str, text: str) -> str:
     return text
 
@@ -104,7 +108,9 @@ class Settings:
     """Context in tokens, prompt and answer together. 0: the model's, at most 2048; above the model's is an error."""
     threads: Annotated[int, _within(schema.Integer(0, 256))] = 0
     """Threads of the engine. 0: on Lambda as many as the memory setting pays for, elsewhere the engine's own choice."""
-    kv_type: Annotated[str, _choice("f16", "f32")] = "f16"
+    parallel: Annotated[int, _within(schema.Integer(0, 64))] = 0
+    """Sequences that the engine computes at the same time. 0: its own choice, by the memory there is."""
+    kv_type: Annotated[str, _choice("f16", "f32", "i8")] = "f16"
     """Type of the K and V cache."""
 
     n_predict: Annotated[int, _within(schema.N_PREDICT)] = 128
@@ -120,12 +126,16 @@ class Settings:
     max_prompt_bytes: Annotated[int, _within(schema.Integer(1, 6 * MIB))] = 512 * 1024
     """Upper limit of a prompt's UTF-8; how many tokens fit is the context's limit."""
     queue_limit: Annotated[int, _within(schema.Integer(0, 1024))] = 8
-    """Requests that may wait while one computes; the next one gets 503 with Retry-After."""
+    """Requests that may wait while others compute; the next one gets 503 with Retry-After."""
     deadline_margin_ms: Annotated[int, _within(schema.Integer(50, 60_000))] = 1000
     """Generation stops this long before the function's timeout, to have time for the answer."""
 
     prompt_cache_s3_uri: Annotated[str | None, _s3_uri] = None
     """`s3://bucket/prefix` where the KV of prompts with a `prompt_cache_key` is kept."""
+    prompt_cache_dir: Annotated[Path | None, _path] = None
+    """Where it lies on this machine. Not set: with `prompt_cache_s3_uri` in `model_cache_dir`, else nowhere."""
+    prompt_cache_bytes: Annotated[int, _within(schema.Integer(1, 2**50))] = 512 * MIB
+    """How much of it is kept there; the files used least recently go."""
 
     api_key: Annotated[str | None, _secret] = field(default=None, repr=False)
     """The key that requests must carry, or several with white space between. Neither this nor `api_key_arn`: none."""
@@ -138,6 +148,8 @@ class Settings:
     """That of the Function URL, which the function cannot see. RESPONSE_STREAM: answers leave as they are computed."""
     cors_allow_origins: Annotated[str, _origins] = ""
     """Origins whose pages may ask, separated by commas; `*`: all. Empty where the Function URL has CORS of its own."""
+    serve_page: Annotated[bool, _flag] = False
+    """Whether the function too answers `GET /` with a page to talk to. The local server always does."""
     host: Annotated[str, _text] = "127.0.0.1"
     """Address of the local server; 0.0.0.0 makes it reachable from other machines."""
     port: Annotated[int, _within(schema.Integer(0, 65535))] = 8080

@@ -34,6 +34,7 @@ MAX_LINE_BYTES = 200_000  # a batch of infra/batch.yaml
 LINES_SHOWN = 10  # of those that are wrong
 
 LENGTHS = ("n_predict", "max_completion_tokens", "max_tokens")
+COMPLETIONS = ("best_of", "n", "n_cmpl")
 
 
 @dataclass
@@ -76,37 +77,35 @@ def read(path: Path, parts: Application) -> Iterator[Line]:
 
 
 def _tokens(request: object, parts: Application, n_ctx: int) -> tuple[int, int]:
-    """Tokens of the prompt, and of the answer at most; of all of them where a line asks for several."""
+    """Tokens of the prompts, and of the answers at most."""
     url, body = batch.route(request)
     if url == "/v1/chat/completions":
-        text = _ask(parts, "POST", "/apply-template", {"messages": body.get("messages")})["prompt"]
+        template = {name: body.get(name) for name in ("messages", "tools")}
+        text = _ask(parts, "POST", "/apply-template", template)["prompt"]
         prompts = [len(_ask(parts, "POST", "/tokenize", {"content": text, "parse_special": True})["tokens"])]
     else:
-        prompts = [_length(prompt, parts) for prompt in _prompts(body.get("prompt"))]
-    if (longest := max(prompts)) > n_ctx:
-        raise schema.invalid(f"the prompt has {longest} tokens, the context {n_ctx}")
+        given = schema.Prompts(parts.settings.max_prompt_bytes)("prompt", body.get("prompt"))
+        prompts = [_prompt_tokens(prompt, parts) for prompt in given]
+    if max(prompts) > n_ctx:
+        raise schema.invalid(f"the prompt has {max(prompts)} tokens, the context {n_ctx}")
     asked = next((body[name] for name in LENGTHS if isinstance(body.get(name), int)), None)
     if asked is None:
         asked = -1 if url == "/v1/chat/completions" else parts.settings.n_predict
-    answers = [n_ctx - prompt if asked < 0 else min(asked, n_ctx - prompt) for prompt in prompts]
-    choices = body["n"] if isinstance(body.get("n"), int) else 1
-    return sum(prompts), sum(answers) * max(1, choices)
+    n = next((body[name] for name in COMPLETIONS if isinstance(body.get(name), int)), 1)
+    rooms = [n_ctx - prompt for prompt in prompts]
+    return sum(prompts), n * sum(room if asked < 0 else min(asked, room) for room in rooms)
 
 
-def _prompts(prompt: object) -> list[Any]:
-    """One prompt, or an array of several: of texts, or of arrays."""
-    if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
-        return prompt
-    return [prompt]
-
-
-def _length(prompt: object, parts: Application) -> int:
-    """Tokens of a prompt: a text, or an array of ids."""
+def _prompt_tokens(prompt: schema.Prompt, parts: Application) -> int:
+    """How many tokens a prompt has that is a text, or ids and texts."""
     if isinstance(prompt, str):
         return len(_ask(parts, "POST", "/tokenize", {"content": prompt, "add_special": True})["tokens"])
-    if not isinstance(prompt, list):
-        raise schema.invalid(f"'prompt' must be a string or an array of token ids, got {schema.describe(prompt)}")
-    return len(prompt)
+    texts = [part for part in prompt if isinstance(part, str)]
+    return (
+        len(prompt)
+        - len(texts)
+        + sum(len(_ask(parts, "POST", "/tokenize", {"content": text})["tokens"]) for text in texts)
+    )
 
 
 def _ask(parts: Application, method: str, path: str, body: dict[str, Any]) -> Any:

@@ -25,6 +25,13 @@ case "${1:-lambda}" in
     fi
     exec python -m function.local
     ;;
+  health) # of the container's first process: where it serves, the API must answer; otherwise it is enough that it runs
+    case "$(tr '\0' ' ' </proc/1/cmdline)" in
+      *function.local* | *"start.sh serve"*) ;;
+      *) exit 0 ;;
+    esac
+    exec python -c "import urllib.request as u; u.urlopen('http://127.0.0.1:${PORT:-8080}/health', timeout=4)"
+    ;;
   bitnet)
     exec "$@"
     ;;

@@ -1,7 +1,10 @@
 #!/usr/bin/env bash
 # Makes a Debian or Ubuntu machine ready for one make target, and does nothing where all is there already.
 #   build/setup/setup.sh run    what `make run` needs: compiler, CMake, the engine's libraries, .venv with requirements/function.txt
-#   build/setup/setup.sh test   the same for `make test` and `make check`: requirements/dev.txt and the files of fetch.py
+#   build/setup/setup.sh hub    the same for `make download` and `make model`: requirements/hub.txt
+#   build/setup/setup.sh test   the same for `make test` and `make check`: requirements/dev.txt and the files of fetch.py, a browser
+#   build/setup/setup.sh image  the same for `make test-image`: besides, podman where Docker does not answer
+#   build/setup/setup.sh chat   what `make chat` needs: .venv with requirements/chat.txt
 # Where it may not install (neither root nor sudo) it prints the line to paste and exits with 1.
 set -euo pipefail
 cd "$(dirname "$0")/../.."
@@ -12,10 +15,22 @@ fail() { say "$*"; exit 1; }
 packages=(g++ make cmake pkgconf libpcre2-dev zlib1g-dev nlohmann-json3-dev libcli11-dev)
 case "${1:-}" in
   run) lock=requirements/function.txt ;;
+  hub) lock=requirements/hub.txt ;;
   test) lock=requirements/dev.txt packages+=(curl doctest-dev qemu-user) ;;
-  *) fail "usage: build/setup/setup.sh run|test" ;;
+  chat) lock=requirements/chat.txt packages=(make) ;;
+  image)
+    lock=requirements/dev.txt packages+=(curl doctest-dev qemu-user debootstrap)
+    docker info >/dev/null 2>&1 || packages+=(podman runc containernetworking-plugins iptables)
+    # Where systemd rules, the package would start a registry of its own; one test is left out instead.
+    [ -d /run/systemd/system ] || packages+=(docker-registry)
+    ;;
+  *) fail "usage: build/setup/setup.sh run|hub|test|image|chat" ;;
 esac
-[ "$(uname -sm)" = "Linux x86_64" ] || fail "the engine is built for Linux on x86-64, this is $(uname -sm)"
+[ "$1" = chat ] || [ "$(uname -sm)" = "Linux x86_64" ] || fail "the engine is built for Linux on x86-64, this is $(uname -sm)"
+
+# The browser of tests/page is Debian's Chromium. Ubuntu has it as a snap only, which cannot be run from here.
+is_debian=$(. /etc/os-release 2>/dev/null && [ "$ID" = debian ] && echo yes || true)
+if [ "$1" = test ] && [ "$is_debian" ]; then packages+=(chromium); fi
 
 # The first Python that is new enough; $PYTHON wins.
 find_python() {
@@ -84,6 +99,10 @@ if ! cmp -s "$lock" "$installed"; then
   .venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes --only-binary :all: -r "$lock"
   cp "$lock" "$installed"
 fi
-if [ "$1" = test ]; then
+if [ "$lock" = requirements/dev.txt ]; then
   .venv/bin/python build/setup/fetch.py
+  if ! [ "$is_debian" ] && ! compgen -G "${PLAYWRIGHT_BROWSERS_PATH:-$HOME/.cache/ms-playwright}/chromium_headless_shell-*" >/dev/null; then
+    say "installing Playwright's Chromium"
+    .venv/bin/python -m playwright install --with-deps --only-shell chromium
+  fi
 fi

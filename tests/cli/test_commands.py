@@ -377,13 +377,20 @@ def test_bench_gives_plain_numbers(bitnet: Bitnet, demo_model: Path) -> None:
         assert type(result[name + "_spread"]) is float
         assert result[name + "_spread"] >= 0
     assert (result["threads"], result["isa"], result["kv_type"]) == (1, processor_isas()[-1], "f16")
-    asked = ("prompt_tokens", "predict_tokens", "depth", "repetitions")
-    assert [result[name] for name in asked] == [8, 4, 16, 3]
+    asked = ("prompt_tokens", "predict_tokens", "depth", "sequences", "repetitions")
+    assert [result[name] for name in asked] == [8, 4, 16, 1, 3]
     assert set(result) == {"model", "threads", "isa", "kv_type", *asked} | {
         name + suffix for name in figures for suffix in ("", "_spread")
     }
     table = dict(line.split() for line in bitnet(*options).decode().splitlines())
     assert list(table) == list(result)
+
+
+def test_bench_of_texts_side_by_side_shares_the_weights(bitnet: Bitnet, demo_model: Path) -> None:
+    options = ("bench", "-m", demo_model, "--prompt-tokens", 0, "--predict-tokens", 4, "--depth", 16, "--json")
+    alone, four = (bitnet.json(*options, "--sequences", n) for n in (1, 4))
+    assert four["sequences"] == 4
+    assert alone["decode_bytes_per_token"] / 4 < four["decode_bytes_per_token"] < alone["decode_bytes_per_token"] / 2
 
 
 @pytest.mark.parametrize("left_out", ["prefill", "decode"])

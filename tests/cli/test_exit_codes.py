@@ -502,7 +502,7 @@ WRONG_OPTIONS: list[tuple[tuple[Argument, ...], str]] = [
     ((*GENERATE, "--batch-size", 1025), '--batch-size: must be an integer from 1 to 1024, got "1025"'),
     ((*GENERATE, "--isa", "sse2"), '--isa: must be scalar|avx2|avx512|avx512-vbmi, got "sse2"'),
     ((*GENERATE, "--isa", 1), '--isa: must be scalar|avx2|avx512|avx512-vbmi, got "1"'),
-    ((*GENERATE, "--kv-type", "q8_0"), '--kv-type: must be f16|f32, got "q8_0"'),
+    ((*GENERATE, "--kv-type", "q8_0"), '--kv-type: must be f16|f32|i8, got "q8_0"'),
     ((*GENERATE, "--n-predict", -2), '--n-predict: must be an integer from -1 to 1073741824, got "-2"'),
     ((*GENERATE, "--n-predict", 2**32), f'--n-predict: must be an integer from -1 to 1073741824, got "{2**32}"'),
     ((*GENERATE, "--temperature", -0.1), '--temperature: must be a number from 0.0 to 100.0, got "-0.1"'),

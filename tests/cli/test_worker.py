@@ -38,6 +38,7 @@ def test_ready_says_what_is_served(bitnet: Bitnet, demo_model: Path) -> None:
         "bos": special[0],
         "eot": special[2],
         "eos": sorted(special[1:]),
+        "add_bos": True,
         "version": bitnet("--version").decode().strip(),
     }
 
@@ -76,6 +77,7 @@ def test_done_of_a_completion(worker: Worker, bitnet: Bitnet, demo_model: Path) 
         "tokens_predicted": 20,
         "tokens_evaluated": expected["tokens_evaluated"],
         "tokens_cached": 0,
+        "cache_file": "none",
         "truncated": False,
     }
 
@@ -109,6 +111,16 @@ def test_special_and_chat_make_the_prompt(worker: Worker) -> None:
     chat = worker.complete(" Hi\n", chat=True, n_predict=12)
     assert (chat["tokens"], chat["tokens_evaluated"]) == (spelled["tokens"], spelled["tokens_evaluated"])
     assert worker.complete("User: Hi<|eot_id|>Assistant: ", n_predict=0)["tokens_evaluated"] > chat["tokens_evaluated"]
+
+
+def test_the_vocabulary_is_every_token_as_it_is_written(worker: Worker) -> None:
+    (done,) = worker.ask(op="vocabulary")
+    tokens = [bytes.fromhex(token) for token in done["tokens"]]
+    assert len(tokens) == worker.ready["model"]["n_vocab"]
+    assert {worker.ready["bos"], *worker.ready["eos"]} <= set(done["control"])
+    assert tokens[worker.ready["eot"]] == b"<|eot_id|>"
+    text = "Grüße, 🐉 and a king"
+    assert b"".join(tokens[token] for token in worker.tokenize(text)) == text.encode()
 
 
 def test_tokenize_and_detokenize(worker: Worker) -> None:

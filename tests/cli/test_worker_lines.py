@@ -23,7 +23,7 @@ WRONG_FIELDS: list[tuple[Event, str, str]] = [
     ({"id": ""}, "id", "id: must have 1 to 128 bytes, got 0"),
     ({"id": "ä" * 65}, "id", "id: must have 1 to 128 bytes, got 130"),
     ({"op": None}, "op", "op: must be a string, got null"),
-    ({"op": "complete"}, "op", "op: must be completion, tokenize, detokenize, cancel or mask"),
+    ({"op": "complete"}, "op", "op: must be completion, tokenize, detokenize, vocabulary, cancel or mask"),
     ({"prompt": None}, "prompt", "prompt: must be a string or an array of token ids and strings, got null"),
     ({"prompt": {}}, "prompt", "got a value of type object"),
     ({"prompt": [4096]}, "prompt", "prompt: token ids are integers from 0 to 4095, got 4096"),
@@ -94,6 +94,9 @@ WRONG_FIELDS: list[tuple[Event, str, str]] = [
     ({"mirostat_tau": -1}, "mirostat_tau", "mirostat_tau: must be a number from 0.0 to 100.0, got -1"),
     ({"mirostat_eta": "x"}, "mirostat_eta", "mirostat_eta: must be a number from 0.0 to 100.0"),
     ({"t_max_predict_ms": -2}, "t_max_predict_ms", "must be an integer from -1 to 2147483647, got -2"),
+    ({"cache_file": ""}, "cache_file", "cache_file: must be a path of 1 to 4000 bytes without NUL, got 0"),
+    ({"cache_file": None}, "cache_file", "cache_file: must be a string, got null"),
+    ({"cache_save": True}, "cache_save", "cache_save: needs a cache_file"),
     ({"mask": 1}, "mask", "mask: must be true or false, got 1"),
     ({"op": "cancel"}, "n_predict", "n_predict: is not a field of this request"),
 ]

@@ -40,6 +40,8 @@ class Invocation:
     headers: Message = field(default_factory=Message)
     chunks: SimpleQueue[bytes | None] = field(default_factory=SimpleQueue)
     trailers: dict[str, str] = field(default_factory=dict)
+    handed_out_at: float = 0.0  # of time.perf_counter()
+    first_chunk_at: float = 0.0
 
     def chunk(self) -> bytes:
         """The next chunk, when it is there."""
@@ -106,6 +108,7 @@ class _Server(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # or an event waits 40 ms for the acknowledgement of its headers
     api: RuntimeApi
 
     def do_GET(self) -> None:
@@ -125,6 +128,7 @@ class _Handler(BaseHTTPRequestHandler):
             "Lambda-Runtime-Invoked-Function-Arn": "arn:aws:lambda:eu-west-1:123456789012:function:bitnet",
             "Lambda-Runtime-Invocation-Id": f"i-{invocation.identifier}",
         }
+        invocation.handed_out_at = time.perf_counter()
         self._answer(200, json.dumps(invocation.event).encode(), headers)
 
     def do_POST(self) -> None:
@@ -151,6 +155,7 @@ class _Handler(BaseHTTPRequestHandler):
         while size := int(self._line(), 16):
             chunk = self.rfile.read(size)
             assert self.rfile.read(2) == b"\r\n"
+            invocation.first_chunk_at = invocation.first_chunk_at or time.perf_counter()
             invocation.chunks.put(chunk)
             count += 1
             if count == invocation.hang_up_after:

@@ -190,6 +190,8 @@ def test_no_text_reaches_the_log(environment: dict[str, str]) -> None:
             {"prompt": CANARY, "n_predict": CANARY},
             {"prompt": CANARY, "stop": CANARY, "grammar": CANARY},
             {"prompt": [CANARY]},
+            {"prompt": "a", "json_schema": {"const": CANARY}, "prompt_cache_key": CANARY},
+            {"prompt": "a", "json_schema": {"type": CANARY}},
             CANARY,
             [CANARY],
         ]
@@ -209,7 +211,7 @@ def test_no_text_reaches_the_log(environment: dict[str, str]) -> None:
             function.invoke(url_event(body, path=path))
         function.invoke(url_event("", path=f"/v1/models/{CANARY}", method="GET"))
         items = [{"index": index, "request": request} for index, request in enumerate(requests)]
-        assert function.invoke({"BatchInput": {"job": "job"}, "Items": items})["succeeded"] == 1
+        assert function.invoke({"BatchInput": {"job": "job"}, "Items": items})["succeeded"] == 3
         function.invoke({"BatchInput": {"job": CANARY * 100}, "Items": items})
         function.invoke({"Records": [{"eventSource": "aws:sqs", "messageId": "1", "body": f'{{"{CANARY}": 1}}'}]})
         os.kill(function.engine, signal.SIGKILL)

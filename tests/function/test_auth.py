@@ -93,7 +93,7 @@ def test_a_direct_invocation_needs_none(monkeypatch: pytest.MonkeyPatch) -> None
         def get_remaining_time_in_millis(self) -> int:
             return 60_000
 
-    assert lambda_handler({"prompt": "a", "n_predict": 1}, Context())["stop"] is True  # type: ignore[index]
+    assert lambda_handler({"prompt": "a", "n_predict": 1}, Context())["stop"] is True  # type: ignore[index, call-overload]
 
 
 @pytest.mark.parametrize("name", ["/bitnet/api-key", "api-key"])

@@ -8,6 +8,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 from function.api import Call
 from function.engine import Cancellation
 from function.handler import application, lambda_handler
-from function.schema import KNOWN_FIELDS
+from function.schema import NEUTRAL, completion_kinds
+from function.settings import Settings
 from tests.events import url_event
 from tests.processes import alive, engines, eventually, processor_ticks
 
@@ -274,7 +276,7 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
     max_leaves=4,
 )
-NAMES = st.sampled_from(sorted(KNOWN_FIELDS))
+NAMES = st.sampled_from(sorted(completion_kinds(Settings()).keys() | NEUTRAL.keys()))
 REQUESTS = st.dictionaries(NAMES | st.text(max_size=3), JSON, max_size=4)
 PROMPTED = st.tuples(REQUESTS, st.text(max_size=30) | st.lists(st.integers(0, 4095), max_size=9)).map(
     lambda pair: pair[0] | {"prompt": pair[1]}
@@ -362,7 +364,7 @@ def test_a_cancellation_before_it_begins(setup: Setup, endless_model: Path) -> N
 
 
 def test_requests_queue_up_to_a_limit(setup: Setup, endless_model: Path) -> None:
-    setup(MODEL_PATH=endless_model, CTX_SIZE=32_768, QUEUE_LIMIT=1)
+    setup(MODEL_PATH=endless_model, CTX_SIZE=32_768, PARALLEL=1, QUEUE_LIMIT=1)
     running = begin(ENDLESS)
     with ThreadPoolExecutor(1) as thread:
         waiting = thread.submit(post, {"prompt": PROMPT, "n_predict": 1})
@@ -380,6 +382,13 @@ def test_requests_queue_up_to_a_limit(setup: Setup, endless_model: Path) -> None
 def the_engine() -> int:
     (pid,) = engines(os.getpid())
     return pid
+
+
+def test_what_is_slow_to_import_waits_until_it_is_needed() -> None:
+    program = "import sys, function.handler as h; h.application(); print(*sys.modules)"
+    modules = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout.split()
+    assert "function.api" in modules
+    assert not {"boto3", "botocore.client", "llguidance", "numpy", "pydantic"} & set(modules)
 
 
 def test_one_engine_serves_all_requests() -> None:

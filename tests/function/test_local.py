@@ -42,7 +42,7 @@ def server(log: Path) -> Iterator[Server]:
 @pytest.fixture
 def endless(log: Path, endless_model: Path) -> Iterator[Server]:
     """A server whose completions can take a minute."""
-    with Server(log, MODEL_PATH=endless_model, CTX_SIZE=32_768, QUEUE_LIMIT=1) as server:
+    with Server(log, MODEL_PATH=endless_model, CTX_SIZE=32_768, PARALLEL=1, QUEUE_LIMIT=1) as server:
         eventually(lambda: server.health()[0] == 200)
         yield server
 
@@ -83,7 +83,7 @@ def test_who_hangs_up_on_an_answer_cancels_it(endless: Server) -> None:
     eventually(lambda: processor_ticks(endless.engine) > 20)  # it computes
     connection.close()
     assert endless.post(TALE)[1]["content"] == TEXT
-    assert '"stop_type":"cancelled"' in endless.log()
+    eventually(lambda: '"stop_type":"cancelled"' in endless.log())
 
 
 def test_who_hangs_up_in_the_queue_leaves_it(endless: Server) -> None:
@@ -121,7 +121,7 @@ def test_the_queue_has_a_limit(endless: Server) -> None:
         assert waiting.result()[1]["stop_type"] == "cancelled"
 
 
-def test_many_clients_are_served_one_after_another(log: Path) -> None:
+def test_many_clients_are_served_at_the_same_time(log: Path) -> None:
     with Server(log, QUEUE_LIMIT=16) as server, ThreadPoolExecutor(16) as clients:
         answers = list(clients.map(server.post, [TALE | {"seed": n} for n in range(32)]))
     assert {(status, body["content"]) for status, body in answers} == {(200, TEXT)}
@@ -234,7 +234,8 @@ def test_a_body_that_lambda_would_not_take(server: Server) -> None:
         ("GET", "/completion", 405),
         ("PUT", "/completion", 405),
         ("POST", "/health", 405),
-        ("GET", "/", 404),
+        ("GET", "/", 200),
+        ("POST", "/", 404),
         ("GET", "/%ff%00", 404),
         ("GET", "/health?x=1", 200),
         ("PROPFIND", "/x", 404),

@@ -8,10 +8,12 @@ import logging
 import random
 import re
 import resource
+import struct
 import subprocess
 import sys
 import threading
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -409,3 +411,80 @@ def test_a_copy_can_be_stopped(s3: S3, store: Store, cache: Path) -> None:
     with pytest.raises(ModelError, match="the server is stopping"):
         store(uri).fetch(stop)
     assert models(cache) == []
+
+
+@pytest.fixture
+def packed() -> bytes:
+    """A packed model of 1.3 MB whose header carries the checksums of its chunks, which do not agree with ranges."""
+    data = MODEL[:-100]
+    chunk = 3 * PART // 2
+    sums = [zlib.crc32(data[start : start + chunk]) for start in range(0, len(data), chunk)]
+
+    def key(name: bytes, value: bytes) -> bytes:
+        return struct.pack("<Q", len(name)) + name + value
+
+    tokens = b"".join(key(b"token", b"") for _ in range(9000))  # so that the header is longer than a range
+    header = b"GGUF" + struct.pack("<IQQ", 3, 0, 3)
+    header += key(b"tokenizer.ggml.tokens", struct.pack("<IIQ", 9, 8, 9000) + tokens)
+    header += key(b"bitnet.pack.chunk_bytes", struct.pack("<II", 4, chunk))
+    header += key(b"bitnet.pack.chunk_crc32", struct.pack(f"<IIQ{len(sums)}I", 9, 4, len(sums), *sums))
+    return header + bytes(-len(header) % 32) + data
+
+
+def flip_a_bit(times: int) -> Callable[[Request, Answer], None]:
+    """A fault that spoils the byte 700,000 of an object, in the first `times` answers that hold it."""
+    spoilt = 0
+
+    def fault(request: Request, answer: Answer) -> None:
+        nonlocal spoilt
+        at = 700_000 - (request.range_start or 0)
+        if request.method == "GET" and 0 <= at < len(answer.body) and spoilt < times:
+            spoilt += 1
+            answer.body = answer.body[:at] + bytes([answer.body[at] ^ 1]) + answer.body[at + 1 :]
+
+    return fault
+
+
+@pytest.mark.parametrize("times", [0, 1, 2])
+def test_a_bad_chunk_is_copied_again(
+    s3: S3, store: Store, packed: bytes, times: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    uri = s3.put("m.gguf", packed, ChecksumAlgorithm="CRC64NVME")
+    s3.fault = flip_a_bit(times)
+    with caplog.at_level(logging.INFO):
+        assert store(uri).fetch().read_bytes() == packed
+    retried = [record for record in caplog.records if "differs from its checksum" in record.message]
+    assert len(retried) == times
+    assert s3.count("GET") == -(-len(packed) // PART) + times
+    (copied,) = [record for record in caplog.records if record.message == "model copied"]
+    assert vars(copied)["verified"] == ["chunk_crc32", "CRC64NVME"]
+
+
+def test_a_chunk_that_stays_bad_is_an_error(s3: S3, store: Store, cache: Path, packed: bytes) -> None:
+    uri = s3.put("m.gguf", packed)
+    s3.fault = flip_a_bit(model_store.CHUNK_TRIES)
+    error = failure(store(uri))
+    assert (error.code, error.transient) == ("model_corrupted", False)
+    assert re.search(
+        r"is corrupted: bytes \d+ to \d+ have the CRC-32 [0-9a-f]{8}, the file says [0-9a-f]{8} \(copied 3 times\)",
+        str(error),
+    )
+    assert models(cache) == []
+
+
+def test_an_object_that_was_spoilt_before_its_upload(s3: S3, store: Store, packed: bytes) -> None:
+    spoilt = packed[:-1] + bytes([packed[-1] ^ 1])
+    error = failure(store(s3.put("m.gguf", spoilt, ChecksumAlgorithm="CRC64NVME")))
+    assert error.code == "model_corrupted"
+    assert "copied 3 times" in str(error)
+
+
+def test_a_packed_model_that_was_cut_short(s3: S3, store: Store, packed: bytes) -> None:
+    error = failure(store(s3.put("m.gguf", packed[:1_000_000])))
+    assert error.code == "model_corrupted"
+    assert re.search(r"has 1,000,000 bytes, and checksums for \d+ chunks of 98,304 bytes from \d+,\d+ on", str(error))
+
+
+def test_what_only_begins_like_a_model_is_verified_as_a_whole(s3: S3, store: Store) -> None:
+    body = b"GGUF" + struct.pack("<IQQ", 3, 1, 1) + MODEL  # a header that never ends
+    assert store(s3.put("m.gguf", body, ChecksumAlgorithm="SHA256")).fetch().read_bytes() == body

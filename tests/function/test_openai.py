@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import os
 import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import openai
+import pydantic
 import pytest
 from openai.types.chat import ChatCompletionMessageParam
+from openai.types.completion_choice import CompletionChoice
 
 from tests.processes import eventually
 from tests.server import Server
@@ -23,6 +26,7 @@ MODEL = "bitnet-fairy-tales"
 USER: ChatCompletionMessageParam = {"role": "user", "content": "Tell me of a king."}
 SYSTEM: ChatCompletionMessageParam = {"role": "system", "content": "You are a story teller."}
 BOS, EOT = 4093, 4095
+CALL = {"id": "c", "type": "function", "function": {"name": "f", "arguments": "{}"}}
 
 
 @pytest.fixture(scope="module")
@@ -35,6 +39,15 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 @pytest.fixture
 def client(server: Server) -> Iterator[openai.OpenAI]:
     with connect(server) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def roomy(tmp_path_factory: pytest.TempPathFactory, endless_model: Path) -> Iterator[openai.OpenAI]:
+    """A client of a server whose context holds the descriptions of tools."""
+    log = tmp_path_factory.mktemp("roomy") / "log"
+    with Server(log, MODEL_PATH=endless_model, CTX_SIZE=1024) as server, connect(server) as client:
+        eventually(lambda: server.health()[0] == 200)
         yield client
 
 
@@ -140,13 +153,21 @@ def test_models(client: openai.OpenAI) -> None:
 @pytest.mark.parametrize(
     ("fields", "param", "code"),
     [
-        ({"n": 2}, "n", "unsupported_field"),
-        ({"logprobs": True}, "logprobs", "unsupported_field"),
-        ({"top_logprobs": 3}, "top_logprobs", "unsupported_field"),
-        ({"logit_bias": {"5": 1}}, "logit_bias", "unsupported_field"),
-        ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", "unsupported_field"),
-        ({"tool_choice": "required"}, "tool_choice", "unsupported_field"),
-        ({"response_format": {"type": "json_object"}}, "response_format", "unsupported_field"),
+        ({"n": 17}, "n", "invalid_value"),
+        ({"top_logprobs": 3}, "top_logprobs", "invalid_value"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", "invalid_value"),
+        ({"logit_bias": {"5": 101}}, "logit_bias", "invalid_value"),
+        ({"tools": [{"type": "custom", "custom": {"name": "f"}}]}, "tools", "unsupported_field"),
+        ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "invalid_value"),
+        ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools", "missing_field"),
+        ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+        ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_value"),
+        ({"tool_choice": "always"}, "tool_choice", "invalid_value"),
+        ({"functions": [{"name": "f"}]}, "functions", "unsupported_field"),
+        ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "missing_field"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_field"),
         ({"modalities": ["audio"]}, "modalities", "unsupported_field"),
         ({"temperature": "hot"}, "temperature", "invalid_type"),
@@ -160,8 +181,13 @@ def test_models(client: openai.OpenAI) -> None:
         ({"messages": "hello"}, "messages", "invalid_type"),
         ({"messages": ["hello"]}, "messages", "invalid_type"),
         ({"messages": [{"role": "user"}]}, "messages", "missing_field"),
-        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "invalid_value"),
-        ({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}, "messages", "unsupported_field"),
+        ({"messages": [{"role": "function", "content": "x"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "tool", "content": "x"}]}, "messages", "missing_field"),
+        ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]}, "messages", "invalid_type"),
+        ({"messages": [{"role": "user", "content": "x", "name": "A\nB"}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages", "invalid_type"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": "é" * 1025}] * 2}, "messages", "too_long"),
@@ -299,4 +325,233 @@ def test_the_template_of_the_props_is_the_same(server: Server) -> None:
     )
     assert post(server, "/apply-template", {"messages": messages}) == (200, {"prompt": text})
     assert props["default_generation_settings"]["n_ctx"] == 256
-    assert props["total_slots"] == 1
+    assert props["total_slots"] >= 1
+
+
+def test_several_completions_of_one_prompt(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "messages": [USER], "max_tokens": 6, "seed": 5, "temperature": 1.5}
+    answer = client.chat.completions.create(**request, n=3)
+    texts = [choice.message.content for choice in answer.choices]
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    assert len(set(texts)) > 1
+    for index, text in enumerate(texts):  # each draws with a seed of its own
+        request["seed"] = 5 + index
+        alone = client.chat.completions.create(**request)
+        assert alone.choices[0].message.content == text
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 18
+    request["seed"] = 5
+    stream = client.chat.completions.create(**request, n=3, stream=True, stream_options={"include_usage": True})
+    streamed, ends, usages = [""] * 3, [""] * 3, []
+    for chunk in stream:
+        usages += [chunk.usage] if chunk.usage else []
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.delta.content or ""
+            ends[choice.index] += choice.finish_reason or ""
+    assert (streamed, ends) == (texts, ["length"] * 3)
+    assert [usage.completion_tokens for usage in usages] == [18]
+
+
+def test_several_prompts_with_several_completions(client: openai.OpenAI) -> None:
+    prompts = ["Once upon a time", "The king"]
+    request: dict[str, Any] = {"model": MODEL, "max_tokens": 5, "seed": 1}
+    answer = client.completions.create(**request, prompt=prompts, n=2, echo=True)
+    assert [choice.index for choice in answer.choices] == [0, 1, 2, 3]
+    assert [choice.text.startswith(prompts[choice.index // 2]) for choice in answer.choices] == [True] * 4
+    alone = [client.completions.create(**request, prompt=prompt, n=2) for prompt in prompts]
+    texts = [prompts[index] + choice.text for index in (0, 1) for choice in alone[index].choices]
+    assert [choice.text for choice in answer.choices] == texts
+    assert answer.usage is not None
+    assert answer.usage.prompt_tokens == sum(one.usage.prompt_tokens for one in alone if one.usage)
+    streamed = [""] * 4
+    for chunk in client.completions.create(**request, prompt=prompts, n=2, echo=True, stream=True):
+        for choice in chunk.choices:
+            streamed[choice.index] += choice.text
+    assert streamed == texts
+
+
+def test_log_probabilities_of_a_chat(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "messages": [USER], "max_tokens": 6, "temperature": 0, "logprobs": True}
+    (choice,) = client.chat.completions.create(**request, top_logprobs=3).choices
+    assert choice.logprobs is not None
+    tokens = choice.logprobs.content or []
+    assert len(tokens) == 6
+    assert b"".join(bytes(token.bytes or []) for token in tokens).decode() == choice.message.content
+    for token in tokens:
+        best, *others = token.top_logprobs
+        assert (best.token, best.logprob) == (token.token, token.logprob)  # temperature 0
+        assert len(others) == 2
+        assert best.logprob >= others[0].logprob >= others[1].logprob
+        assert sum(math.exp(top.logprob) for top in token.top_logprobs) <= 1.0001
+    (bare,) = client.chat.completions.create(**request).choices
+    assert bare.logprobs is not None
+    assert [token.top_logprobs for token in bare.logprobs.content or []] == [[]] * 6
+    assert [token.logprob for token in bare.logprobs.content or []] == [token.logprob for token in tokens]
+    streamed = [
+        token
+        for chunk in client.chat.completions.create(**request, top_logprobs=3, stream=True)
+        for delta in chunk.choices
+        if delta.logprobs
+        for token in delta.logprobs.content or []
+    ]
+    assert streamed == tokens
+
+
+def test_log_probabilities_of_a_text(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 4, "temperature": 0}
+    (choice,) = client.completions.create(**request, logprobs=2).choices
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert "".join(logprobs.tokens or []) == choice.text
+    assert logprobs.text_offset == [0, 6, 12, 14]  # of " there lived a king"
+    assert [len(top) for top in logprobs.top_logprobs or []] == [2] * 4
+    for token, logprob, top in zip(
+        logprobs.tokens or [], logprobs.token_logprobs or [], logprobs.top_logprobs or [], strict=True
+    ):
+        assert top[token] == logprob == max(top.values())
+    (chosen,) = client.completions.create(**request, logprobs=0).choices
+    assert chosen.logprobs is not None
+    assert (chosen.logprobs.top_logprobs, chosen.logprobs.token_logprobs) == (None, logprobs.token_logprobs)
+
+
+def test_log_probabilities_of_an_echoed_prompt(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "max_tokens": 2, "temperature": 0, "logprobs": 1, "echo": True}
+    (choice,) = client.completions.create(**request, prompt="Once upon a time").choices
+    logprobs = choice.logprobs
+    assert logprobs is not None
+    assert choice.text.startswith("Once upon a time there")
+    assert "".join(logprobs.tokens or []) == choice.text
+    assert (logprobs.token_logprobs or [])[0] is None  # nothing foretells the beginning
+    assert all(logprob < 0 for logprob in (logprobs.token_logprobs or [])[1:])
+    assert [len(top or {}) for top in logprobs.top_logprobs or []] == [0] + [1] * (len(logprobs.tokens or []) - 1)
+    (same,) = client.completions.create(**request, prompt=choice.text).choices
+    assert same.logprobs is not None
+    written = (same.logprobs.token_logprobs or [])[: len(logprobs.tokens or [])]
+    assert written == logprobs.token_logprobs  # drawn or given, a token has the same probability
+
+
+def total_logprob(choice: CompletionChoice) -> float:
+    assert choice.logprobs is not None
+    return sum(choice.logprobs.token_logprobs or [])
+
+
+def test_the_best_of_some(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once", "max_tokens": 5, "seed": 3, "temperature": 1.5}
+    every = client.completions.create(**request, n=4, logprobs=0)
+    by_probability = sorted(every.choices, key=total_logprob, reverse=True)
+    best = client.completions.create(**request, n=2, best_of=4)
+    assert [choice.text for choice in best.choices] == [choice.text for choice in by_probability[:2]]
+    assert best.usage is not None
+    assert best.usage.completion_tokens == 20
+    for wrong in ({"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            client.completions.create(model=MODEL, prompt="a", extra_body=wrong)
+        assert caught.value.param == "best_of"
+
+
+def test_a_bias_decides(client: openai.OpenAI, server: Server) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 3, "temperature": 0}
+    _, king = post(server, "/tokenize", {"content": " king"})
+    (token,) = king["tokens"]
+    assert client.completions.create(**request, logit_bias={str(token): 100}).choices[0].text == " king king king"
+    plain = client.completions.create(**request).choices[0].text
+    _, first = post(server, "/tokenize", {"content": plain})
+    banned = client.completions.create(**request, logit_bias={str(first["tokens"][0]): -100}).choices[0].text
+    assert not banned.startswith(plain.split()[0], 1)
+    with pytest.raises(openai.BadRequestError, match="5000") as caught:
+        client.completions.create(**request, logit_bias={"5000": 1})
+    assert (caught.value.param, caught.value.code) == ("logit_bias", "invalid_value")
+
+
+class King(pydantic.BaseModel):
+    name: Annotated[str, pydantic.Field(max_length=20)]
+    age: Annotated[int, pydantic.Field(ge=0, le=120)]
+    good: bool
+
+
+def test_an_answer_in_a_shape(client: openai.OpenAI) -> None:
+    answer = client.chat.completions.parse(
+        model=MODEL, messages=[USER], response_format=King, max_tokens=150, temperature=1
+    )
+    king = answer.choices[0].message.parsed
+    assert king is not None
+    assert 0 <= king.age <= 120
+    (choice,) = client.chat.completions.create(
+        model=MODEL, messages=[USER], response_format={"type": "json_object"}, max_tokens=8
+    ).choices
+    assert (choice.message.content or "")[0] == "{"
+
+
+TOOLS: Any = [
+    {
+        "type": "function",
+        "function": {
+            "name": name,
+            "parameters": {
+                "properties": {"at": {"type": "string", "maxLength": 9}},
+                "required": ["at"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for name in ("go", "sit")
+]
+
+
+def test_tools_are_called(roomy: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "messages": [USER], "tools": TOOLS, "max_tokens": 100, "seed": 8}
+    forced: Any = {"type": "function", "function": {"name": "sit"}}
+    (choice,) = roomy.chat.completions.create(**request, tool_choice=forced).choices
+    assert (choice.finish_reason, choice.message.content) == ("tool_calls", None)
+    (call,) = choice.message.tool_calls or []
+    assert call.type == "function"
+    assert call.function.name == "sit"
+    assert json.loads(call.function.arguments).keys() == {"at"}
+    chunks = list(roomy.chat.completions.create(**request, tool_choice=forced, stream=True))
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
+    assert [delta.function.name for delta in deltas if delta.function and delta.id] == ["sit"]
+    assert "".join(delta.function.arguments or "" for delta in deltas if delta.function) == call.function.arguments
+    assert chunks[-1].choices[0].finish_reason == "tool_calls"
+    assert {chunk.choices[0].delta.content for chunk in chunks} == {"", None}
+    conversation = [
+        USER,
+        choice.message.model_dump(exclude_none=True),
+        {"role": "tool", "tool_call_id": call.id, "content": "100,000"},
+    ]
+    request |= {"messages": conversation, "tool_choice": "none"}
+    answer = roomy.chat.completions.create(**request)
+    assert answer.choices[0].message.content
+
+
+def test_tools_that_need_not_be_called(roomy: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "messages": [USER], "tools": TOOLS, "max_tokens": 60, "temperature": 1.5}
+    for seed in range(8):
+        (choice,) = roomy.chat.completions.create(**request, seed=seed).choices
+        content = choice.message.content
+        assert (content is None) == bool(choice.message.tool_calls)
+        assert content is None or not content.startswith("{")
+    request |= {"max_tokens": 25, "tool_choice": "required"}
+    (cut,) = roomy.chat.completions.create(**request).choices
+    assert (cut.finish_reason, len(cut.message.tool_calls or [])) == ("length", 1)
+
+
+def test_concurrent_requests_of_the_async_client_are_computed_together(tmp_path: Path, endless_model: Path) -> None:
+    """Each of the streams gets its first piece before any of them has ended: so they share the engine."""
+    with Server(tmp_path / "log", MODEL_PATH=endless_model, CTX_SIZE=4096, PARALLEL=4) as server:
+        eventually(lambda: server.health()[0] == 200)
+
+        async def ask() -> None:
+            base_url = f"http://127.0.0.1:{server.port}/v1"
+            async with openai.AsyncOpenAI(base_url=base_url, api_key="none", max_retries=0, timeout=120) as client:
+                request: Any = {"model": MODEL, "messages": [USER], "extra_body": {"ignore_eos": True}, "stream": True}
+                streams = [await client.chat.completions.create(**request) for _ in range(4)]
+                for stream in streams:
+                    async for chunk in stream:
+                        if chunk.choices[0].delta.content:
+                            break
+                assert server.in_flight() == 4
+                for stream in streams:
+                    await stream.close()
+
+        asyncio.run(ask())
+        eventually(lambda: server.in_flight() == 0)

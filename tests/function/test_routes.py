@@ -41,6 +41,10 @@ def test_text_to_tokens_and_back(server: Server) -> None:
     assert post(server, "/detokenize", tokens) == (200, {"content": text})
     _, with_bos = post(server, "/tokenize", {"content": text, "add_special": True, "with_pieces": False})
     assert with_bos["tokens"] == [4093, *tokens["tokens"]]
+    _, with_pieces = post(server, "/tokenize", {"content": text, "with_pieces": True})
+    assert [token["id"] for token in with_pieces["tokens"]] == tokens["tokens"]
+    pieces = [token["piece"] for token in with_pieces["tokens"]]
+    assert b"".join(bytes(piece) if isinstance(piece, list) else piece.encode() for piece in pieces) == text.encode()
     assert post(server, "/tokenize", {"content": ""}) == (200, {"tokens": []})
     assert post(server, "/detokenize", {"tokens": []}) == (200, {"content": ""})
 
@@ -51,7 +55,7 @@ def test_text_to_tokens_and_back(server: Server) -> None:
         ("/tokenize", {}, "content", "missing_field"),
         ("/tokenize", {"content": 5}, "content", "invalid_type"),
         ("/tokenize", {"content": "x" * 1001}, "content", "too_long"),
-        ("/tokenize", {"content": "x", "with_pieces": True}, "with_pieces", "unsupported_field"),
+        ("/tokenize", {"content": "x", "with_pieces": 1}, "with_pieces", "invalid_type"),
         ("/detokenize", {"tokens": [4096]}, "tokens", "invalid_value"),
         ("/detokenize", {"tokens": ["a"]}, "tokens", "invalid_type"),
         ("/apply-template", {"messages": [{"role": "user", "content": "a", "x": 1}]}, "messages", "unknown_field"),

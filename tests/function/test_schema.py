@@ -11,11 +11,23 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from function.openai import KNOWN_FIELDS, parse_chat, parse_text
-from function.schema import INERT, NEUTRAL, ApiError, parse_completion, parse_object
+from function.openai import CHAT_NEUTRAL, INERT, TEXT_NEUTRAL, chat_kinds, parse_chat, parse_text, text_kinds
+from function.schema import (
+    NEUTRAL,
+    ApiError,
+    Structure,
+    completion_kinds,
+    parse_completion,
+    parse_object,
+    picked,
+)
 from function.settings import Settings
 
 SETTINGS = Settings()
+FIELDS = sorted(completion_kinds(SETTINGS).keys() | NEUTRAL.keys())
+OPENAI_FIELDS = sorted(
+    chat_kinds(SETTINGS).keys() | text_kinds(SETTINGS).keys() | CHAT_NEUTRAL.keys() | TEXT_NEUTRAL.keys() | INERT
+)
 
 
 def refusal(body: dict[str, Any], settings: Settings = SETTINGS) -> ApiError:
@@ -54,27 +66,141 @@ def test_every_field_is_taken() -> None:
         "special": True,
         "stream": True,
         "return_tokens": True,
+        "n_cmpl": 3,
+        "n_probs": 4,
+        "post_sampling_probs": True,
+        "logit_bias": [[5, 1.5], ["king", -1], [7, False]],
+        "samplers": ["top_k", "temperature"],
+        "typical_p": 0.9,
+        "top_n_sigma": 2,
+        "xtc_probability": 0.5,
+        "xtc_threshold": 0.2,
+        "dynatemp_range": 0.25,
+        "dynatemp_exponent": 1.5,
+        "dry_multiplier": 0.8,
+        "dry_base": 1.5,
+        "dry_allowed_length": 3,
+        "dry_penalty_last_n": -1,
+        "dry_sequence_breakers": ["\n"],
+        "mirostat": 2,
+        "mirostat_tau": 4,
+        "mirostat_eta": 0.2,
+        "min_keep": 2,
+        "t_max_predict_ms": 500,
+        "json_schema": {"type": "string"},
+        "response_fields": ["content"],
+        "prompt_cache_key": "system",
     }
     request = parse_completion(body, SETTINGS)
-    assert dataclasses.asdict(request) == body | {"prompt": (1, 2), "stop": ("\n", "end")}
+    assert completion_kinds(SETTINGS).keys() - body.keys() == {"grammar"}
+    assert dataclasses.asdict(request) == {
+        "prompts": ((1, 2),),
+        "n": body.pop("n_cmpl"),
+        "structure": {"language": "json_schema", "text": '{"type":"string"}', "field": "json_schema"},
+        "logprobs": False,
+        "prompt_logprobs": False,
+        **{name: value for name, value in body.items() if name not in ("prompt", "json_schema")},
+        "stop": ("\n", "end"),
+        "logit_bias": ((5, 1.5), ("king", -1), (7, False)),
+        "samplers": ("top_k", "temperature"),
+        "dry_sequence_breakers": ("\n",),
+        "response_fields": ("content",),
+    }
+    (asked,) = request.for_engine({5: 1.5, 594: -1.0, 7: False}, add_bos=True)
+    unchanged = set(body) - {
+        "prompt",
+        "json_schema",
+        "logit_bias",
+        "return_tokens",
+        "response_fields",
+        "prompt_cache_key",
+    }
+    assert {name: getattr(request, name) for name in unchanged} == {name: asked[name] for name in unchanged}
+    rest = {name: value for name, value in asked.items() if name not in unchanged}
+    assert rest == {"n": 3, "prompt": (1, 2), "logit_bias": [[5, 1.5], [594, -1.0], [7, False]], "mask": True}
+
+
+@pytest.mark.parametrize(
+    ("prompt", "prompts"),
+    [
+        ("a", ("a",)),
+        ([1, 2], ((1, 2),)),
+        ([1, "a", 2], ((1, "a", 2),)),
+        (["a"], ("a",)),
+        (["a", "b"], ("a", "b")),
+        ([[1, 2], "a", ["a", 1], {"prompt_string": "b"}], ((1, 2), "a", ("a", 1), "b")),
+        ({"prompt_string": "b", "multimodal_data": []}, ("b",)),
+    ],
+)
+def test_every_shape_of_a_prompt(prompt: Any, prompts: tuple[Any, ...]) -> None:
+    assert parse_completion({"prompt": prompt}, SETTINGS).prompts == prompts
+
+
+def test_an_array_that_begins_with_a_text_begins_as_a_text() -> None:
+    for prompt, add_bos in ((["a", 1], True), ([1, "a"], None), ([1], None), ("a", None)):
+        (asked,) = parse_completion({"prompt": [prompt] if prompt == "a" else prompt}, SETTINGS).for_engine({}, True)
+        assert asked.get("add_bos") == add_bos
+    assert "add_bos" not in parse_completion({"prompt": ["a", 1]}, SETTINGS).for_engine({}, False)[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "bias"),
+    [
+        ([[15043, 1.0]], ((15043, 1.0),)),
+        ([[15043, False]], ((15043, False),)),
+        ([["Hello, World!", -0.5]], (("Hello, World!", -0.5),)),
+        ({"15043": -100, "Hello": 2, "7": False}, ((15043, -100.0), ("Hello", 2.0), (7, False))),
+        ({}, ()),
+    ],
+)
+def test_every_spelling_of_a_bias(given: Any, bias: Any) -> None:
+    assert parse_completion({"prompt": "a", "logit_bias": given}, SETTINGS).logit_bias == bias
+
+
+def test_a_grammar_or_a_schema() -> None:
+    assert parse_completion({"prompt": "a", "grammar": ""}, SETTINGS).structure is None
+    request = parse_completion({"prompt": "a", "grammar": 'root ::= "a"'}, SETTINGS)
+    assert request.structure == Structure("gbnf", 'root ::= "a"', "grammar")
+    assert refusal({"prompt": "a", "grammar": 'root ::= "a"', "json_schema": {}}).param == "grammar"
+
+
+def test_response_fields_are_moved_to_the_top() -> None:
+    body = {"content": "a", "generation_settings": {"n_predict": 5, "seed": 1}, "stop": True}
+    paths = ["content", "generation_settings/n_predict", "nothing", "content/deeper"]
+    assert picked(body, paths) == {"content": "a", "generation_settings/n_predict": 5}
 
 
 def test_null_means_left_out() -> None:
-    fields = dataclasses.fields(parse_completion({"prompt": ""}, SETTINGS))
-    nulls = {field.name: None for field in fields} | dict.fromkeys(NEUTRAL) | dict.fromkeys(INERT)
+    nulls: dict[str, Any] = dict.fromkeys(FIELDS)
     assert parse_completion(nulls | {"prompt": "a"}, SETTINGS) == parse_completion({"prompt": "a"}, SETTINGS)
 
 
 @pytest.mark.parametrize(
     ("field", "value", "says"),
     [
-        ("prompt", 5, "must be a string or an array of token ids, got 5"),
-        ("prompt", {"text": "x"}, "got an object"),
+        ("prompt", 5, "must be a string or an array of token ids and strings, got 5"),
+        ("prompt", {"text": "x"}, 'unknown field "text"'),
+        ("prompt", {"prompt_string": "x", "multimodal_data": ["a"]}, "'multimodal_data' is not supported"),
         ("prompt", [], "at least one token id"),
-        ("prompt", [1, "a"], "'prompt[1]' must be a token id, got \"a\""),
+        ("prompt", [1, None], "'prompt[1]' must be a token id, got null"),
+        ("prompt", ["a", None], "'prompt[1]' must be a string or an array of token ids and strings, got null"),
+        ("prompt", [[]], "'prompt[0]' must have at least one token id"),
+        ("prompt", [["a", {}]], "'prompt[0][1]' must be a token id, got an object"),
+        ("prompt", ["a"] * 129, "at most 128 prompts, got 129"),
+        ("n_cmpl", 17, "from 1 to 16, got 17"),
+        ("samplers", ["top_k", "top_q"], "'samplers[1]' must be one of penalties, dry,"),
+        ("samplers", ["top_k", "top_k"], "'samplers[1]' must not be there twice, got \"top_k\""),
+        ("samplers", "top_k", "must be an array of strings"),
+        ("logit_bias", 5, "must be an object or an array of [token, bias], got 5"),
+        ("logit_bias", [[5]], "'logit_bias[0]' must be [token, bias], got an array of 1"),
+        ("logit_bias", [[5, True]], "'logit_bias[0][1]' must be a number, got true"),
+        ("logit_bias", [[5.5, 1]], "'logit_bias[0][0]' must be a token id, got 5.5"),
+        ("logit_bias", {"5": 1e9}, "from -1e+06 to 1e+06, got 1000000000.0"),
+        ("logit_bias", [[token, 1] for token in range(1025)], "at most 1024 entries, got 1025"),
+        ("json_schema", [], "must be an object, got an array of 0"),
+        ("n_probs", False, "must be an integer, got false"),
         ("prompt", [True], "'prompt[0]' must be a token id, got true"),
         ("prompt", [-1], "'prompt[0]' must be from 0 to 2147483647, got -1"),
-        ("prompt", ["two", "prompts"], "'prompt[0]' must be a token id"),
         ("prompt", "a\ud800", "lone surrogate (\\ud800) at character 1"),
         ("n_predict", 1.5, "must be an integer, got 1.5"),
         ("n_predict", True, "must be an integer, got true"),
@@ -130,7 +256,11 @@ def test_an_unsupported_field_is_refused_unless_neutral(field: str) -> None:
 
 
 def test_false_is_not_the_neutral_zero() -> None:
-    assert refusal({"prompt": "a", "n_probs": False}).code == "unsupported_field"
+    assert refusal({"prompt": "a", "n_keep": False}).code == "unsupported_field"
+
+
+def test_too_many_completions_are_refused() -> None:
+    assert "at most 128 completions in all, got 144" in refusal({"prompt": ["a"] * 9, "n_cmpl": 16}).message
 
 
 def test_an_unknown_field_is_refused_by_name() -> None:
@@ -179,7 +309,6 @@ JSON = st.recursive(
     lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
     max_leaves=8,
 )
-FIELDS = sorted(field.name for field in dataclasses.fields(parse_completion({"prompt": ""}, SETTINGS)))
 
 
 def outcome(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -193,9 +322,9 @@ def outcome(function: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     return result.body()
 
 
-@given(st.dictionaries(st.sampled_from(FIELDS + sorted(NEUTRAL)) | st.text(), JSON))
+@given(st.dictionaries(st.sampled_from(FIELDS) | st.text(), JSON))
 def test_any_object_is_valid_or_refused(body: dict[str, Any]) -> None:
-    result = outcome(lambda: parse_completion(body, SETTINGS).for_engine())
+    result = outcome(lambda: {"asked": parse_completion(body, SETTINGS).for_engine({}, True)})
     json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
 
 
@@ -209,18 +338,20 @@ MESSAGE = st.fixed_dictionaries(
         "refusal": JSON,
     },
 )
-OPENAI = st.dictionaries(st.sampled_from(sorted(KNOWN_FIELDS)), JSON | st.integers(-2, 2) | st.booleans(), max_size=3)
+OPENAI = st.dictionaries(st.sampled_from(OPENAI_FIELDS), JSON | st.integers(-2, 2) | st.booleans(), max_size=3)
 
 
 @given(OPENAI, st.lists(MESSAGE | JSON, max_size=3) | JSON)
 def test_any_chat_is_valid_or_refused(body: dict[str, Any], messages: Any) -> None:
-    result = outcome(lambda: vars(parse_chat(body | {"messages": messages}, SETTINGS).completion))
+    result = outcome(
+        lambda: {"asked": parse_chat(body | {"messages": messages}, SETTINGS).completion.for_engine({}, True)}
+    )
     json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
 
 
 @given(OPENAI, st.text() | st.lists(st.text() | st.integers(0, 9), max_size=2) | JSON)
 def test_any_text_is_valid_or_refused(body: dict[str, Any], prompt: Any) -> None:
-    result = outcome(lambda: vars(parse_text(body | {"prompt": prompt}, SETTINGS).completion))
+    result = outcome(lambda: {"asked": parse_text(body | {"prompt": prompt}, SETTINGS).completion.for_engine({}, True)})
     json.dumps(result, ensure_ascii=False, allow_nan=False).encode()
 
 

@@ -27,6 +27,7 @@ def test_every_setting_is_read() -> None:
         "BITNET_CLI": "/b",
         "CTX_SIZE": "100",
         "THREADS": "5",
+        "PARALLEL": "3",
         "KV_TYPE": "f32",
         "PROMPT_CACHE_S3_URI": "s3://bucket/prompts",
         "N_PREDICT": "11",
@@ -40,11 +41,14 @@ def test_every_setting_is_read() -> None:
         "MAX_PROMPT_BYTES": "13",
         "QUEUE_LIMIT": "14",
         "DEADLINE_MARGIN_MS": "1500",
+        "PROMPT_CACHE_DIR": "/p",
+        "PROMPT_CACHE_BYTES": "15",
         "API_KEY": "first second",
         "API_KEY_ARN": "arn:aws:ssm:eu-west-1:123456789012:parameter/bitnet/key",
         "BATCH_RESULTS_S3_URI": "s3://bucket/results",
         "INVOKE_MODE": "RESPONSE_STREAM",
         "CORS_ALLOW_ORIGINS": "https://a.example,http://localhost:3000",
+        "SERVE_PAGE": "true",
         "HOST": "::1",
         "PORT": "0",
         "LOG_LEVEL": "DEBUG",
@@ -52,18 +56,19 @@ def test_every_setting_is_read() -> None:
     assert environment.keys() == {field.name.upper() for field in fields(Settings)}
     settings = Settings.from_environment(environment)
     for name, text in environment.items():
-        assert str(getattr(settings, name.lower())) == text
+        assert str(getattr(settings, name.lower())) == {"true": "True"}.get(text, text)
     assert settings.model_path == Path("/m.gguf")
 
 
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
+        ("SERVE_PAGE", "yes", "'SERVE_PAGE' must be one of true, false, got \"yes\""),
         ("CTX_SIZE", "-1", "'CTX_SIZE' must be from 0 to 2147483647, got -1"),
         ("CTX_SIZE", "many", "'CTX_SIZE' must be an integer, got \"many\""),
         ("TEMPERATURE", "nan", "'TEMPERATURE' must be from 0 to 100, got nan"),
         ("TEMPERATURE", "warm", "'TEMPERATURE' must be a number, got \"warm\""),
-        ("KV_TYPE", "f64", "'KV_TYPE' must be one of f16, f32, got \"f64\""),
+        ("KV_TYPE", "f64", "'KV_TYPE' must be one of f16, f32, i8, got \"f64\""),
         ("INVOKE_MODE", "STREAM", "'INVOKE_MODE' must be one of BUFFERED, RESPONSE_STREAM, got \"STREAM\""),
         ("CORS_ALLOW_ORIGINS", "a.example", "'CORS_ALLOW_ORIGINS' must be * or origins such as https://example.org"),
         ("CORS_ALLOW_ORIGINS", "https://a.example/page", "separated by commas, got"),

@@ -8,13 +8,16 @@ import re
 import socket
 import struct
 import subprocess
+import uuid
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 
 from function.settings import ROOT
 from tests.events import url_event
 from tests.image.container import EMULATOR, INVOKE, LOCKED_DOWN, Container, container, inspect, output
+from tests.processes import eventually
 
 IMAGE, BASE = os.environ["IMAGE"], os.environ["BASE"]
 USER = "65532:65532"
@@ -55,6 +58,7 @@ def test_what_the_image_says_of_itself() -> None:
     assert [labels["version"], labels["licenses"]] == [version[1], "Apache-2.0"]
     assert re.fullmatch(r"[0-9a-f]{40}", labels["revision"])
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT.+", labels["created"])
+    assert labels["base.name"] == BASE
 
 
 def test_the_engine_is_static_and_stripped(tmp_path: Path) -> None:
@@ -102,6 +106,30 @@ def test_what_is_installed_is_what_is_locked() -> None:
     assert set(installed.items()) <= set(lock.items())
     direct = set(re.findall(r"^([a-z0-9-]+)", (ROOT / "requirements/function.in").read_text(), re.MULTILINE))
     assert direct <= installed.keys()
+
+
+def test_the_bill_of_materials(tmp_path: Path) -> None:
+    path = tmp_path / "sbom.json"
+    script = ROOT / "build" / "image" / "sbom.py"
+    subprocess.run([os.environ["SBOM_PYTHON"], script, IMAGE, path], check=True, timeout=240)
+    document = json.loads(path.read_text())
+    assert (document["bomFormat"], document["metadata"]["component"]["name"]) == ("CycloneDX", "bitnet-lambda")
+    urls = {unquote(component["purl"].split("?")[0]) for component in document["components"]}
+    packages = dict(
+        line.split()
+        for line in in_image("dpkg-query", "--show", "--showformat", "${Package} ${Version}\\n").splitlines()
+    )
+    assert {f"pkg:deb/debian/{name}" for name in packages} <= {url.rsplit("@", 1)[0] for url in urls}
+    installed = in_image("sh", "-c", "ls -d /opt/python/*.dist-info | wc -l")
+    assert sum(url.startswith("pkg:pypi/") for url in urls) == int(installed)
+    linked = {component["name"] for component in document["components"] if component["bom-ref"].startswith("engine:")}
+    assert {"libc6-dev", "libpcre2-dev", "zlib1g-dev", "nlohmann-json3-dev", "libcli11-dev"} <= linked
+    refused = subprocess.run(
+        [os.environ["SBOM_PYTHON"], script, "no-such-image", path], capture_output=True, text=True, check=False
+    )
+    assert refused.returncode == 1
+    assert "sbom: " in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_a_cold_and_a_warm_invocation() -> None:
@@ -155,6 +183,40 @@ def test_serving_without_network() -> None:
         assert server.ask("http://127.0.0.1:8080/completion", TALE)["content"] == TEXT
         assert "no *.gguf in /models: the demo model" in server.log()
         assert server.stop() == 0
+
+
+def healthy(started: Container, **environment: str) -> bool:
+    """What the image's HEALTHCHECK says in a container."""
+    image = inspect(IMAGE)
+    health = image.get("Healthcheck") or image["Config"]["Healthcheck"]  # podman's place, docker's place
+    kind, *command = health["Test"]
+    assert kind == "CMD"
+    variables = [part for name, value in environment.items() for part in ("--env", f"{name}={value}")]
+    return container("exec", *variables, started.name, *command).returncode == 0
+
+
+# The second way is as with `docker run --init`, which starts another process first.
+@pytest.mark.parametrize(
+    "arguments", [(IMAGE, "serve"), ("--entrypoint", "sh", IMAGE, "-c", "/var/task/start.sh serve & wait")]
+)
+def test_health_of_the_server_is_that_of_the_api(arguments: tuple[str, ...]) -> None:
+    with Container(*arguments) as server:
+        eventually(lambda: healthy(server))
+        assert not healthy(server, PORT="8081")  # where nothing answers
+
+
+def test_health_of_the_function_and_of_the_command_line_is_that_they_run() -> None:
+    with as_function() as function:
+        assert healthy(function)
+    name = f"bitnet-test-{uuid.uuid4().hex[:12]}"
+    worker = ("bitnet", "worker", "--model", "/var/task/model.gguf")
+    output("run", "--detach", "--interactive", "--name", name, *LOCKED_DOWN, IMAGE, *worker)
+    try:
+        started = Container(IMAGE)
+        started.name = name
+        assert healthy(started)
+    finally:
+        output("rm", "--force", name)
 
 
 def test_serving_the_mounted_model(tmp_path: Path) -> None:
@@ -228,10 +290,6 @@ def test_make_serve_image_logs_stats_stop() -> None:
             check=True,
         )
         assert json.loads(answer.stdout)["content"] == TEXT
-        image = inspect(IMAGE)
-        health = image.get("Healthcheck") or image["Config"]["Healthcheck"]  # podman's place, docker's place
-        assert health["Test"][0] == "CMD"
-        assert container("exec", mine["NAME"], *health["Test"][1:]).returncode == 0
         assert "/completion" in make("logs", **mine)
         assert mine["NAME"] in make("stats", **mine)
     finally:

@@ -3,6 +3,7 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <memory>
 #include <nlohmann/json.hpp>
 #include <random>
 
@@ -63,6 +64,35 @@ void report(nlohmann::ordered_json& out, const std::string& name, std::vector<do
   out[name + "_spread"] = samples.back() - samples.front();
 }
 
+// A token for each of several texts at a time.
+class SideBySide {
+ public:
+  // Fills every cache with the tokens.
+  SideBySide(Engine& engine, size_t n, std::span<const TokenId> tokens) : engine_(engine) {
+    for (size_t i = 0; i < n; i++)
+      caches_.push_back(std::make_unique<KvCache>(engine.config(), engine.n_ctx, engine.kv_type));
+    std::vector<BatchToken> batch;
+    for (size_t done = 0; done < tokens.size(); done += batch.size()) {
+      batch.clear();
+      for (size_t i = done; i < std::min(tokens.size(), done + engine.transformer.max_batch()); i++)
+        batch.push_back({tokens[i], static_cast<uint32_t>(i), caches_.front().get(), false});
+      engine.transformer.forward(batch);
+    }
+    for (size_t i = 1; i < n; i++) caches_[i]->copy_prefix(*caches_.front(), tokens.size());
+  }
+
+  void evaluate(TokenId token, size_t position) {
+    std::vector<BatchToken> batch;
+    for (const auto& cache : caches_) batch.push_back({token, static_cast<uint32_t>(position), cache.get(), true});
+    engine_.transformer.forward(batch);
+    for (size_t i = 0; i < batch.size(); i++) engine_.transformer.best(i, kTopK);
+  }
+
+ private:
+  Engine& engine_;
+  std::vector<std::unique_ptr<KvCache>> caches_;
+};
+
 }  // namespace
 
 nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
@@ -84,8 +114,14 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
   // Positions differ by the token that is read: the cache's share is that of the middle of the run.
   const double cache_bytes = static_cast<double>(KvCache::bytes_per_position(engine.config(), engine.kv_type)) *
                              (static_cast<double>(options.depth) + static_cast<double>(options.predict_tokens) / 2.0);
-  const double bytes_per_token =
-      static_cast<double>(engine.model.bytes_per_token(kernels_for(engine.isa))) + cache_bytes;
+  const auto n_sequences = static_cast<double>(options.sequences);
+  const double bytes_per_step =
+      static_cast<double>(engine.model.bytes_per_token(kernels_for(engine.isa))) + n_sequences * cache_bytes;
+
+  if (options.sequences > engine.transformer.max_batch())
+    throw Error(ExitCode::kUsage, "--sequences " + std::to_string(options.sequences) + " is above --batch-size " +
+                                      std::to_string(engine.transformer.max_batch()));
+  SideBySide texts(engine, options.sequences, all.first(options.depth));
 
   std::vector<double> prefill, decode, bandwidth, fraction, bytes;
   for (size_t i = 0; i < options.repetitions; i++) {
@@ -98,15 +134,12 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
       prefill.push_back(static_cast<double>(options.prompt_tokens) / seconds_since(start));
     }
     if (options.predict_tokens > 0) {
-      session.truncate(options.depth);
       const Clock::time_point start = Clock::now();
-      for (size_t t = 0; t < options.predict_tokens; t++) {
-        session.evaluate(all.subspan(options.depth + t, 1));
-        engine.transformer.best(0, kTopK);
-      }
-      decode.push_back(static_cast<double>(options.predict_tokens) / seconds_since(start));
-      bytes.push_back(bytes_per_token);
-      fraction.push_back(bytes_per_token * decode.back() / bandwidth.back());
+      for (size_t t = 0; t < options.predict_tokens; t++) texts.evaluate(all[options.depth + t], options.depth + t);
+      const double steps = static_cast<double>(options.predict_tokens) / seconds_since(start);
+      decode.push_back(n_sequences * steps);
+      bytes.push_back(bytes_per_step / n_sequences);
+      fraction.push_back(bytes_per_step * steps / bandwidth.back());
     }
   }
   nlohmann::ordered_json out;
@@ -117,6 +150,7 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
   out["prompt_tokens"] = options.prompt_tokens;
   out["predict_tokens"] = options.predict_tokens;
   out["depth"] = options.depth;
+  out["sequences"] = options.sequences;
   out["repetitions"] = options.repetitions;
   if (!prefill.empty()) report(out, "prefill_tokens_per_second", prefill);
   if (!decode.empty()) {

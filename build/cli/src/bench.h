@@ -12,6 +12,7 @@ struct BenchOptions {
   size_t predict_tokens = 64;
   size_t depth = 0;  // positions already in the context
   size_t repetitions = 3;
+  size_t sequences = 1;  // texts that grow side by side, a token each at a time
 };
 
 // Every figure is the median over the repetitions, `<figure>_spread` beside it the distance from the least to the

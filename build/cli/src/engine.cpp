@@ -24,7 +24,7 @@ size_t checked_threads(const EngineOptions& options) {
 // succeeds on Linux long after the memory has run out.
 size_t checked_parallel(const EngineOptions& options, const Model& model, size_t n_ctx) {
   const size_t weights = model.memory_bytes(kernels_for(options.isa));
-  const size_t cache = n_ctx * KvCache::bytes_per_position(model.config(), options.kv_type);
+  const size_t cache = KvCache::bytes(model.config(), n_ctx, options.kv_type);
   const size_t buffers = Transformer::buffer_bytes(model.config(), options.batch_size, n_ctx, checked_threads(options));
   const size_t n = std::max<size_t>(options.n_parallel, 1);
   const size_t memory = available_memory(), addresses = available_address_space();
@@ -64,6 +64,6 @@ Engine::Engine(const EngineOptions& options)
       isa(options.isa),
       n_parallel(checked_parallel(options, model, n_ctx)),
       pool(checked_threads(options)),
-      transformer(model, kernels_for(options.isa), pool, options.batch_size, n_ctx) {}
+      transformer(model, kernels_for(options.isa), pool, options.batch_size) {}
 
 }  // namespace bitnet

@@ -1,7 +1,9 @@
-// Keys and values of one sequence, laid out as kernels/kernels.h (AttentionSpan) says. Pages are taken from the system
-// when they are first written, so a long context costs memory only as it fills.
+// Keys and values of one sequence, in chunks of positions as kernels/kernels.h (AttentionChunk) says: what attention
+// reads one after another lies so. Memory is taken from the system when it is first written, so a long context costs
+// memory only as it fills.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 
@@ -20,24 +22,31 @@ class KvCache {
 
   size_t n_ctx() const { return n_ctx_; }
   CacheType type() const { return type_; }
-  size_t bytes() const { return bytes_; }
   static size_t bytes_per_position(const Config& config, CacheType type);
+  static size_t bytes(const Config& config, size_t n_ctx, CacheType type);  // once it is full
 
-  void* keys(size_t layer, size_t kv_head) const { return part(layer, kv_head, 0); }
-  void* values(size_t layer, size_t kv_head) const { return part(layer, kv_head, 1); }
-  AttentionSpan span(size_t layer, size_t kv_head, size_t n_positions) const {
-    return {keys(layer, kv_head), values(layer, kv_head), type_, n_positions, head_dim_};
+  // Of the chunk with the positions from chunk · kChunkPositions on.
+  std::byte* keys(size_t chunk, size_t layer, size_t kv_head) const { return part(chunk, layer, kv_head, 0); }
+  std::byte* values(size_t chunk, size_t layer, size_t kv_head) const { return part(chunk, layer, kv_head, 1); }
+  AttentionChunk chunk(size_t chunk, size_t layer, size_t kv_head, size_t n_positions) const {
+    return {keys(chunk, layer, kv_head), values(chunk, layer, kv_head), type_, n_positions, head_dim_};
   }
 
-  // The bytes of the first n positions, a run at a time, in an order that depends on nothing but n. The last run of
-  // keys may have bytes of later positions too.
+  // The bytes of the first n positions, a run at a time, in an order that depends on nothing but n. A run of keys may
+  // have bytes of later positions too.
   template <class F>
   void for_each_range(size_t n_positions, F&& f) const {
-    const size_t blocks = (n_positions + kPositionsPerBlock - 1) / kPositionsPerBlock;
-    const size_t position_bytes = head_dim_ * (type_ == CacheType::kF32 ? 4 : 2);
-    for (std::byte* keys = data_; keys < data_ + bytes_; keys += 2 * part_bytes_) {
-      f(std::span(keys, blocks * kPositionsPerBlock * position_bytes));
-      f(std::span(keys + part_bytes_, n_positions * position_bytes));
+    for (size_t chunk = 0; chunk * kChunkPositions < n_positions; chunk++) {
+      const size_t n = std::min(kChunkPositions, n_positions - chunk * kChunkPositions);
+      const size_t n_scales = type_ == CacheType::kI8 ? n : 0;
+      const size_t number_bytes = position_bytes(type_, head_dim_) - (n_scales > 0 ? sizeof(float) : 0);
+      for (std::byte* part = data_ + chunk * chunk_bytes_; part < data_ + (chunk + 1) * chunk_bytes_;
+           part += part_bytes_) {
+        const bool is_keys = (part - data_) / static_cast<std::ptrdiff_t>(part_bytes_) % 2 == 0;
+        const size_t whole = (n + kPositionsPerBlock - 1) / kPositionsPerBlock * kPositionsPerBlock;
+        f(std::span(part, (is_keys ? whole : n) * number_bytes));
+        if (n_scales > 0) f(std::span(part + kChunkPositions * number_bytes, n_scales * sizeof(float)));
+      }
     }
   }
 
@@ -45,15 +54,16 @@ class KvCache {
   void copy_prefix(const KvCache& from, size_t n_positions);
 
  private:
-  void* part(size_t layer, size_t kv_head, size_t which) const {
-    return data_ + ((layer * n_kv_heads_ + kv_head) * 2 + which) * part_bytes_;
+  std::byte* part(size_t chunk, size_t layer, size_t kv_head, size_t which) const {
+    return data_ + chunk * chunk_bytes_ + ((layer * n_kv_heads_ + kv_head) * 2 + which) * part_bytes_;
   }
 
   size_t n_ctx_, n_kv_heads_, head_dim_;
   CacheType type_;
-  size_t part_bytes_;  // of the keys, or the values, of one layer and kv head
+  size_t part_bytes_;   // of the keys, or the values, of one chunk, layer and kv head
+  size_t chunk_bytes_;  // of all of them
   size_t bytes_;
-  std::byte* data_;  // (n_layers, n_kv_heads, 2, n_ctx rounded up to 16, head_dim)
+  std::byte* data_;  // (chunks, n_layers, n_kv_heads, 2, part_bytes_)
 };
 
 }  // namespace bitnet

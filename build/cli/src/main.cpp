@@ -113,7 +113,7 @@ struct ModelOptions {
           return supported(isa) ? std::string() : "this processor does not have " + std::string(name_of(isa));
         });
     command.add_option("--kv-type", engine.kv_type, "how keys and values are kept; default: f16")
-        ->transform(one_of<CacheType>({CacheType::kF16, CacheType::kF32}));
+        ->transform(one_of<CacheType>({std::begin(kCacheTypes), std::end(kCacheTypes)}));
   }
 };
 
@@ -364,9 +364,9 @@ struct Info {
     const Config& c = model.config();
     std::printf("\nparameters %zu, weights read for a token %zu bytes\n", model.n_params(),
                 model.bytes_per_token(kernels_for(best_isa())));
-    for (const CacheType type : {CacheType::kF16, CacheType::kF32})
+    for (const CacheType type : kCacheTypes)
       std::printf("KV cache (%s) %zu bytes a position, %zu for %zu\n", std::string(name_of(type)).c_str(),
-                  KvCache::bytes_per_position(c, type), c.n_ctx * KvCache::bytes_per_position(c, type), c.n_ctx);
+                  KvCache::bytes_per_position(c, type), KvCache::bytes(c, c.n_ctx, type), c.n_ctx);
     const EngineOptions defaults;
     std::printf("this processor: %s kernels, %zu threads\n", std::string(name_of(defaults.isa)).c_str(),
                 usable_processors());
@@ -401,6 +401,9 @@ struct Bench {
                                             std::tuple{"--predict-tokens", &options.predict_tokens, "0: no decode"},
                                             std::tuple{"--depth", &options.depth, "positions already filled"}})
       c.add_option(name, *value, help)->transform(in_range<size_t>(0, kMaxCount))->capture_default_str();
+    c.add_option("--sequences", options.sequences, "texts that grow side by side, a token each at a time")
+        ->transform(in_range<size_t>(1, kMaxParallel))
+        ->capture_default_str();
     c.add_option("--repetitions", options.repetitions, "the median is reported")
         ->transform(in_range<size_t>(1, 1000))
         ->capture_default_str();

@@ -18,6 +18,7 @@ constexpr size_t kMaxStopStrings = 64;
 constexpr size_t kMaxStopBytes = 4096;
 constexpr int64_t kMaxCompletions = 16;
 constexpr int64_t kMaxProbs = 100;
+constexpr size_t kMaxPathBytes = 4000;  // below PATH_MAX, with what a temporary name adds
 constexpr size_t kMaxBiases = 1024;
 constexpr double kMaxBias = 1e6;
 constexpr size_t kMaxBreakerBytes = 40;  // llama.cpp's
@@ -248,6 +249,15 @@ CompletionRequest completion(Fields& fields, const Tokenizer& tokenizer, Clock::
   c.n = static_cast<size_t>(fields.integer("n", 1, 1, kMaxCompletions));
   c.mask = fields.boolean("mask", false);
   c.stop = strings(fields, "stop", kMaxStopStrings, kMaxStopBytes, {});
+  c.cache_save = fields.boolean("cache_save", false);
+  if (fields.find("cache_file")) {
+    c.cache_file = fields.text("cache_file");
+    if (c.cache_file.empty() || c.cache_file.size() > kMaxPathBytes || c.cache_file.find('\0') != std::string::npos)
+      refuse("cache_file", "must be a path of 1 to " + std::to_string(kMaxPathBytes) + " bytes without NUL, got " +
+                               std::to_string(c.cache_file.size()));
+  } else if (c.cache_save) {
+    refuse("cache_save", "needs a cache_file");
+  }
   if (const int64_t timeout = fields.integer("timeout_ms", 0, 1, kMaxTimeoutMs); timeout > 0)
     c.deadline = received + std::chrono::milliseconds(timeout);
   return request;
@@ -322,6 +332,8 @@ Request parse_request(const std::string& line, const Tokenizer& tokenizer, Clock
     request.body = TokenizeRequest{content, add_bos, fields.boolean("special", false)};
   } else if (op == "detokenize") {
     request.body = DetokenizeRequest{fields.tokens("tokens", tokenizer.vocab_size())};
+  } else if (op == "vocabulary") {
+    request.body = VocabularyRequest{};
   } else if (op == "mask") {
     try {
       request.body = mask(fields, tokenizer.vocab_size());
@@ -331,7 +343,7 @@ Request parse_request(const std::string& line, const Tokenizer& tokenizer, Clock
     }
     return request;
   } else if (op != "cancel") {
-    refuse("op", "must be completion, tokenize, detokenize, cancel or mask");
+    refuse("op", "must be completion, tokenize, detokenize, vocabulary, cancel or mask");
   }
   fields.refuse_unknown();
   return request;

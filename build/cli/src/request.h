@@ -36,6 +36,7 @@ struct TokenizeRequest {
 struct DetokenizeRequest {
   std::vector<TokenId> tokens;
 };
+struct VocabularyRequest {};
 struct CancelRequest {};
 struct MaskRequest {
   size_t index = 0;
@@ -45,7 +46,8 @@ struct MaskRequest {
 
 struct Request {
   std::string id;
-  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, CancelRequest, MaskRequest> body;
+  std::variant<CompletionRequest, TokenizeRequest, DetokenizeRequest, VocabularyRequest, CancelRequest, MaskRequest>
+      body;
 };
 
 // `received` is when the line was read: timeouts count from there. Throws RequestError; `id` is set as soon as it is

@@ -1,8 +1,10 @@
 #include "scheduler.h"
 
 #include <algorithm>
+#include <cstdio>
 #include <exception>
 
+#include "cache_file.h"
 namespace bitnet {
 namespace {
 
@@ -76,7 +78,11 @@ bool Scheduler::step(const std::function<void()>& poll) {
   const bool ended = settle();
   admit();
   const std::vector<Slot*> slots = plan();
-  if (!slots.empty()) compute(slots, poll);
+  try {
+    if (!slots.empty()) compute(slots, poll);
+  } catch (const std::exception& e) {  // no memory for the batch
+    for (const Slot* slot : slots) fail(slot->ticket, e);
+  }
   settle();
   return ended || !slots.empty();
 }
@@ -147,8 +153,10 @@ void Scheduler::admit() {
 
 void Scheduler::begin(Ticket ticket, Request& request) {
   Slot& slot = take_slot(ticket, *request.completion);
-  slot.sequence =
-      std::make_unique<Sequence>(request.completion, request.n_begun, slot.tokens.size(), engine_, *request.observer);
+  CacheFileUse use;
+  if (request.n_begun == 0) use = restore_prompt(slot, *request.completion);
+  slot.sequence = std::make_unique<Sequence>(request.completion, request.n_begun, slot.tokens.size(), use, engine_,
+                                             *request.observer);
   slot.ticket = ticket;
   slot.draft.clear();
   request.n_begun++;
@@ -185,18 +193,63 @@ Scheduler::Slot& Scheduler::take_slot(Ticket ticket, const Completion& completio
   return *target;
 }
 
+// Takes the prompt's keys and values from its cache file, where that has more of them than the slot.
+CacheFileUse Scheduler::restore_prompt(Slot& slot, const Completion& completion) {
+  const std::string& path = completion.cache_file;
+  CacheFileUse use;
+  if (path.empty() || completion.prompt_logprobs || !CacheFile::exists(path)) return use;
+  try {
+    CacheFile file(path, engine_.model, slot.cache);
+    const std::span<const TokenId> prompt(completion.prompt);
+    const size_t n = std::min(shared_prefix(file.tokens(), prompt), prompt.size() - 1);
+    if (n <= slot.tokens.size()) return use;
+    slot.tokens.clear();
+    file.restore(slot.cache);
+    slot.tokens.assign(prompt.begin(), prompt.begin() + static_cast<std::ptrdiff_t>(n));
+    use.restored = true;
+  } catch (const Error& e) {
+    std::fprintf(stderr, "bitnet: %s\n", e.what());
+    use.invalid = true;
+  }
+  return use;
+}
+
+// Writes the prompt's keys and values to its cache file, unless that has them; whether it did.
+bool Scheduler::save_prompt(const Slot& slot) {
+  const Sequence& sequence = *slot.sequence;
+  const Completion& completion = sequence.request();
+  const std::string& path = completion.cache_file;
+  if (!completion.cache_save || sequence.index() > 0) return false;
+  try {
+    if (!sequence.cache_file().invalid && CacheFile::exists(path)) {
+      const CacheFile file(path, engine_.model, slot.cache);
+      if (std::equal(file.tokens().begin(), file.tokens().end(), completion.prompt.begin(), completion.prompt.end()))
+        return false;
+    }
+  } catch (const Error&) {
+    // of no use: it is overwritten
+  }
+  try {
+    CacheFile::save(path, engine_.model, slot.cache, completion.prompt);
+    return true;
+  } catch (const Error& e) {
+    std::fprintf(stderr, "bitnet: %s\n", e.what());
+    return false;
+  }
+}
+
 // Takes the tokens that the last batch, or a mask, has made known.
 void Scheduler::draw(Slot& slot) {
   Sequence& sequence = *slot.sequence;
   while (!sequence.over() && !sequence.waits_for_mask()) {
     const bool has_output = slot.n_used < slot.n_outputs;
-    const std::optional<TokenId> forced = sequence.forced();
-    if (!has_output && (!forced || sequence.request().wants_probabilities())) break;
-    if (has_output)
-      draw_one(sequence, slot.first_output + slot.n_used);
-    else
+    if (!has_output) {
+      const std::optional<TokenId> forced = sequence.forced();
+      if (!forced || sequence.request().wants_probabilities()) break;  // which only its output tells
       sequence.accept(*forced);
-    if (!has_output) continue;
+      continue;
+    }
+    draw_one(sequence, slot.first_output + slot.n_used);
     const TokenId token = sequence.history().back();
     if (!sequence.over() && slot.n_used < slot.draft.size() && slot.draft[slot.n_used] == token) {
       slot.n_used++;
@@ -311,7 +364,7 @@ void Scheduler::compute(const std::vector<Slot*>& slots, const std::function<voi
     n_outputs += slot->n_outputs;
     if (!slot->sequence->in_prompt()) continue;
     requests_.at(slot->ticket).prompt_known = true;
-    if (slot->runs()) guarded(slot->ticket, [&] { slot->sequence->end_prompt(); });
+    if (slot->runs()) guarded(slot->ticket, [&] { slot->sequence->end_prompt(save_prompt(*slot)); });
   }
 }
 

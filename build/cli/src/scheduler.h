@@ -76,6 +76,8 @@ class Scheduler {
   void admit();
   void begin(Ticket ticket, Request& request);
   Slot& take_slot(Ticket ticket, const Completion& completion);
+  CacheFileUse restore_prompt(Slot& slot, const Completion& completion);
+  bool save_prompt(const Slot& slot);
   void draw(Slot& slot);
   void draw_one(Sequence& sequence, size_t which);
   void tell_prompt(Slot& slot, size_t first_output, const std::function<bool()>& abandoned);

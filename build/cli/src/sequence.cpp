@@ -58,8 +58,8 @@ ContextExceeded::ContextExceeded(size_t prompt, size_t ctx)
       n_prompt(prompt),
       n_ctx(ctx) {}
 
-Sequence::Sequence(std::shared_ptr<const Completion> request, size_t index, size_t n_cached, const Engine& engine,
-                   CompletionObserver& observer)
+Sequence::Sequence(std::shared_ptr<const Completion> request, size_t index, size_t n_cached, CacheFileUse cache_file,
+                   const Engine& engine, CompletionObserver& observer)
     : request_(std::move(request)),
       index_(index),
       engine_(engine),
@@ -74,6 +74,7 @@ Sequence::Sequence(std::shared_ptr<const Completion> request, size_t index, size
       allowed_(choosable_),
       start_(Clock::now()) {
   result_.n_cached = n_cached;
+  result_.cache_file = cache_file;
   n_masked_ = history_.size();
   if (request_->mask && limit_ > 0) ask_for_mask();
 }
@@ -86,8 +87,9 @@ CompletionResult Sequence::not_begun(const Completion& request, size_t index, St
   return result;
 }
 
-void Sequence::end_prompt() {
+void Sequence::end_prompt(bool saved) {
   in_prompt_ = false;
+  result_.cache_file.saved = saved;
   prompt_end_ = Clock::now();
   result_.prompt_ms = ms_between(start_, prompt_end_);
   if (limit_ == 0) finish(StopType::kLimit);

@@ -38,6 +38,8 @@ struct Completion {
   bool post_sampling_probs = false;          // by the distribution that it was drawn from, not the model's
   bool prompt_logprobs = false;              // the same of the prompt's tokens, by the model's
   std::chrono::milliseconds max_predict{0};  // after this and a line's end generation stops; 0: it goes on
+  std::string cache_file;                    // where the prompt's keys and values may be; empty: nowhere
+  bool cache_save = false;                   // and are to be afterwards
   std::optional<Clock::time_point> deadline;
 
   bool wants_probabilities() const { return logprobs || n_probs > 0; }
@@ -53,6 +55,12 @@ struct MaskAnswer {
 enum class StopType { kEos, kLimit, kWord, kDeadline, kCancelled };
 std::string_view name_of(StopType type);
 
+// What became of Completion::cache_file.
+struct CacheFileUse {
+  bool restored = false, saved = false;
+  bool invalid = false;  // it was there, but of no use
+};
+
 struct CompletionResult {
   std::string content;
   std::vector<TokenId> tokens;                         // everything generated, an end-of-generation token included
@@ -63,8 +71,9 @@ struct CompletionResult {
   bool truncated = false;  // the context was full before n_predict
   size_t n_prompt = 0;     // tokens of the prompt
   size_t n_cached = 0;     // of them, taken from a cache
-  size_t n_drafted = 0;    // tokens guessed ahead
-  size_t n_accepted = 0;   // of them, right
+  CacheFileUse cache_file;
+  size_t n_drafted = 0;   // tokens guessed ahead
+  size_t n_accepted = 0;  // of them, right
   uint64_t seed = 0;
   double prompt_ms = 0.0;
   double predicted_ms = 0.0;
@@ -104,16 +113,17 @@ class CompletionObserver {
 class Sequence {
  public:
   // `engine` and `observer` must outlive the sequence. `n_cached` tokens of the prompt need not be computed.
-  Sequence(std::shared_ptr<const Completion> request, size_t index, size_t n_cached, const Engine& engine,
-           CompletionObserver& observer);
+  Sequence(std::shared_ptr<const Completion> request, size_t index, size_t n_cached, CacheFileUse cache_file,
+           const Engine& engine, CompletionObserver& observer);
 
   const Completion& request() const { return *request_; }
+  const CacheFileUse& cache_file() const { return result_.cache_file; }
   size_t index() const { return index_; }
   std::span<const TokenId> history() const { return history_; }  // the prompt and what was generated after it
   bool over() const { return over_; }
   bool in_prompt() const { return in_prompt_; }
   bool tells_prompt() const { return in_prompt_ && index_ == 0 && request_->prompt_logprobs; }
-  void end_prompt();  // it has been computed
+  void end_prompt(bool saved);  // it has been computed, and saved in its cache file
 
   // What follows without a choice, or else guesses at what follows the history, `most` at the most.
   std::vector<TokenId> propose(size_t most);

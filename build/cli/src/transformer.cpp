@@ -15,9 +15,8 @@ constexpr size_t kRowsPerPiece = 128;             // for one thread at a time: 8
 constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for before it waits for the others
 constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kLogitRowsPerPiece = 64;
-constexpr size_t kLongContext = 256;    // positions from which one token's attention is cut up
-constexpr size_t kBlocksPerPiece = 16;  // 256 positions: 64 kB of keys in f16
-constexpr size_t kDimsPerPiece = 64;    // two cache lines of each position's value in f16
+constexpr size_t kTokensPerGroup = 8;  // that go through a sequence's cache together
+constexpr size_t kFewAttending = 16;   // tokens whose attention is divided among threads by chunks
 constexpr size_t kCandidatesPerPiece = 16;
 constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for by screening
 // How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
@@ -77,10 +76,10 @@ size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
   return kernels.lut_lanes == 0 ? 0 : round_up(max_batch, kernels.lut_lanes);
 }
 
-size_t blocks_of(size_t n_positions) { return ceil_div(n_positions, kPositionsPerBlock); }
-
-// Heads whose scores are kept at a time: those of a kv head for each thread, or of a whole token.
-size_t score_heads(const Config& c, size_t n_threads) { return std::max(n_threads * c.group(), c.n_heads); }
+// Floats that a thread's attention needs: a group's, what is added to it, and its scores.
+size_t attention_floats(const Config& c) {
+  return c.group() * ((kTokensPerGroup + 1) * (c.head_dim + 2) + kChunkPositions);
+}
 
 }  // namespace
 
@@ -90,7 +89,7 @@ std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
   return best.take();
 }
 
-Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context)
+Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch)
     : model_(model),
       config_(model.config()),
       kernels_(kernels),
@@ -117,18 +116,16 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
       sines_(max_batch * config_.head_dim / 2),
       codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
-      max_stride_(blocks_of(max_context) * kPositionsPerBlock),
-      scores_(score_heads(config_, pool.size()) * max_stride_),
-      totals_(score_heads(config_, pool.size())) {
+      attention_scratch_(pool.size(), std::vector<float>(attention_floats(config_))) {
   for (size_t i = 0; i < pool.size(); i++) lut_scratch_.emplace_back(kernels.lut_lanes);
 }
 
 size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
   const size_t per_token =
       6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
-  const size_t scores = score_heads(c, n_threads) * blocks_of(max_context) * kPositionsPerBlock;
-  return max_batch * per_token + 4 * scores +
-         n_threads * (4 * max_batch * kRowsPerPiece + LutScratch::bytes(kMaxLutLanes));
+  const size_t partial = kFewAttending * ceil_div(max_context, kChunkPositions) * c.n_heads * (c.head_dim + 2);
+  return max_batch * per_token + 4 * partial +
+         n_threads * (4 * (max_batch * kRowsPerPiece + attention_floats(c)) + LutScratch::bytes(kMaxLutLanes));
 }
 
 // Section 3 of the model's description, block after block.
@@ -137,6 +134,7 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
   if (n_passes_++ > 0) model_.settle(pool_, kernels_);
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_);
+  group_tokens(batch);
   embed(batch);
   for (size_t i = 0; i < config_.n_layers; i++) {
     if (abandon && abandon()) return false;
@@ -302,48 +300,93 @@ void Transformer::rotate_and_store(std::span<const BatchToken> batch, size_t lay
       float* key = &k_[t * config_.kv_dim() + h * head_dim];
       const float* value = &v_[t * config_.kv_dim() + h * head_dim];
       kernels_.rope(key, &cosines_[t * half], &sines_[t * half], head_dim);
-      kernels_.store_key(key, cache.keys(layer, h), cache.type(), batch[t].position, head_dim);
-      kernels_.store_value(value, cache.values(layer, h), cache.type(), batch[t].position, head_dim);
+      const size_t chunk = batch[t].position / kChunkPositions, place = batch[t].position % kChunkPositions;
+      kernels_.store_key(key, cache.keys(chunk, layer, h), cache.type(), place, head_dim);
+      kernels_.store_value(value, cache.values(chunk, layer, h), cache.type(), place, head_dim);
     }
   });
 }
 
-void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
-  if (n_ == 1 && batch[0].position >= kLongContext) return attend_long(batch[0], layer);
-  const size_t group = config_.group(), head_dim = config_.head_dim;
-  pool_.for_each(n_ * config_.n_kv_heads, [&](size_t piece, size_t thread) {
-    const size_t t = piece % n_,
-                 kv_head = piece / n_;  // tokens of a head in a row: its keys stay in the processor's cache
-    const AttentionSpan span = batch[t].cache->span(layer, kv_head, batch[t].position + 1);
-    const size_t n_blocks = blocks_of(span.n_positions), stride = n_blocks * kPositionsPerBlock;
-    const size_t offset = t * config_.q_dim() + kv_head * group * head_dim;
-    float* scores = &scores_[thread * group * max_stride_];
-    float* totals = &totals_[thread * group];
-    kernels_.attention_scores(&q_[offset], group, span, 0, n_blocks, scores, stride);
-    for (size_t h = 0; h < group; h++) totals[h] = kernels_.softmax(scores + h * stride, span.n_positions);
-    kernels_.attention_values(scores, stride, totals, group, span, 0, head_dim, &attention_[offset]);
-  });
+// Neighbours of one sequence read its cache together.
+void Transformer::group_tokens(std::span<const BatchToken> batch) {
+  groups_.clear();
+  for (size_t t = 0; t < n_; t++) {
+    if (groups_.empty() || groups_.back().n_tokens == kTokensPerGroup || groups_.back().cache != batch[t].cache)
+      groups_.push_back({batch[t].cache, t, 0, 0});
+    groups_.back().n_tokens++;
+    groups_.back().n_chunks = batch[t].position / kChunkPositions + 1;
+  }
 }
 
-// One token that looks back far: its few kv heads are cut up, so that all threads have work.
-void Transformer::attend_long(const BatchToken& token, size_t layer) {
-  const size_t group = config_.group(), head_dim = config_.head_dim, n_positions = token.position + 1;
-  const size_t n_blocks = blocks_of(n_positions), stride = n_blocks * kPositionsPerBlock;
-  const size_t parts = ceil_div(n_blocks, kBlocksPerPiece);
-  pool_.for_each(config_.n_kv_heads * parts, [&](size_t piece, size_t) {
-    const size_t head = piece / parts * group, first = piece % parts * kBlocksPerPiece;
-    const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
-    kernels_.attention_scores(&q_[head * head_dim], group, span, first, std::min(kBlocksPerPiece, n_blocks - first),
-                              &scores_[head * stride], stride);
+// What one token's query heads of a kv head take from a chunk; false when it is after the token.
+bool Transformer::attend_chunk(const BatchToken& token, size_t t, size_t layer, size_t kv_head, size_t chunk,
+                               float* scores, const Attention& out) const {
+  const size_t n_positions = token.position + 1, first = chunk * kChunkPositions;
+  if (first >= n_positions) return false;
+  kernels_.attend(&q_[t * config_.q_dim() + kv_head * config_.group() * config_.head_dim], config_.group(),
+                  token.cache->chunk(chunk, layer, kv_head, std::min(kChunkPositions, n_positions - first)), scores,
+                  out);
+  return true;
+}
+
+// The attention of token t's query heads of a kv head out of `memory`, which has room for (token, kv head) pairs.
+Attention Transformer::attention_at(std::vector<float>& memory, size_t index) const {
+  const size_t group = config_.group();
+  float* p = &memory[index * group * (config_.head_dim + 2)];
+  return {p, p + group, p + 2 * group};
+}
+
+void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
+  const size_t group = config_.group(), head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
+  const auto divide = [&](const Attention& sum, size_t t, size_t kv_head) {
+    kernels_.divide_attention(sum, group, head_dim, &attention_[t * config_.q_dim() + kv_head * group * head_dim]);
+  };
+  size_t n_chunks = 0;  // of all groups
+  for (const TokenGroup& g : groups_) n_chunks += g.n_chunks;
+  if (n_ > kFewAttending || n_chunks == groups_.size()) {
+    // Enough work for all threads: each takes a group and a head through all chunks.
+    pool_.for_each(groups_.size() * n_kv_heads, [&](size_t piece, size_t thread) {
+      const TokenGroup& g = groups_[piece % groups_.size()];
+      const size_t kv_head = piece / groups_.size();
+      std::vector<float>& memory = attention_scratch_[thread];
+      const Attention next = attention_at(memory, kTokensPerGroup);
+      float* scores = next.sums + group * head_dim;
+      for (size_t chunk = 0; chunk < g.n_chunks; chunk++)
+        for (size_t i = 0; i < g.n_tokens; i++) {
+          const Attention sum = attention_at(memory, i);
+          const size_t t = g.first_token + i;
+          if (attend_chunk(batch[t], t, layer, kv_head, chunk, scores, chunk == 0 ? sum : next) && chunk > 0)
+            kernels_.add_attention(sum, next, group, head_dim);
+        }
+      for (size_t i = 0; i < g.n_tokens; i++) divide(attention_at(memory, i), g.first_token + i, kv_head);
+    });
+    return;
+  }
+  // A few tokens that look back far: chunks are divided among the threads, in the order in which they lie in memory,
+  // and put together afterwards.
+  size_t most = 0;
+  for (const TokenGroup& g : groups_) most = std::max(most, g.n_chunks);
+  partial_attention_.resize(n_ * n_kv_heads * most * group * (head_dim + 2));
+  const auto partial = [&](size_t t, size_t kv_head, size_t chunk) {
+    return attention_at(partial_attention_, (t * n_kv_heads + kv_head) * most + chunk);
+  };
+  pool_.for_each(n_chunks * n_kv_heads, [&](size_t piece, size_t thread) {
+    size_t chunk = piece / n_kv_heads;
+    const size_t kv_head = piece % n_kv_heads;
+    const TokenGroup* g = groups_.data();
+    for (; chunk >= g->n_chunks; g++) chunk -= g->n_chunks;
+    float* scores = attention_at(attention_scratch_[thread], kTokensPerGroup).sums + group * head_dim;
+    for (size_t i = 0; i < g->n_tokens; i++) {
+      const size_t t = g->first_token + i;
+      attend_chunk(batch[t], t, layer, kv_head, chunk, scores, partial(t, kv_head, chunk));
+    }
   });
-  pool_.for_each(config_.n_heads,
-                 [&](size_t h, size_t) { totals_[h] = kernels_.softmax(&scores_[h * stride], n_positions); });
-  const size_t slices = ceil_div(head_dim, kDimsPerPiece);
-  pool_.for_each(config_.n_kv_heads * slices, [&](size_t piece, size_t) {
-    const size_t head = piece / slices * group, first = piece % slices * kDimsPerPiece;
-    const AttentionSpan span = token.cache->span(layer, head / group, n_positions);
-    kernels_.attention_values(&scores_[head * stride], stride, &totals_[head], group, span, first,
-                              std::min(kDimsPerPiece, head_dim - first), &attention_[head * head_dim]);
+  pool_.for_each(n_ * n_kv_heads, [&](size_t piece, size_t) {
+    const size_t t = piece / n_kv_heads, kv_head = piece % n_kv_heads;
+    const Attention sum = partial(t, kv_head, 0);
+    for (size_t chunk = 1; chunk * kChunkPositions <= batch[t].position; chunk++)
+      kernels_.add_attention(sum, partial(t, kv_head, chunk), group, head_dim);
+    divide(sum, t, kv_head);
   });
 }
 

@@ -41,7 +41,7 @@ class Transformer {
  public:
   // Model, kernels and pool must outlive the transformer; the model settles from pass to pass. `max_batch` bounds a
   // batch; it sets the size of the buffers and nothing else: a token's logits have the same bits in every batch.
-  Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch, size_t max_context);
+  Transformer(Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_batch);
 
   // Adds the batch to its caches and keeps the outputs of the tokens that want logits. `abandon`, where given, is asked
   // before every layer: once it says true the rest is not computed, the batch's positions in the caches hold nothing of
@@ -71,6 +71,13 @@ class Transformer {
   };
   using Regions = std::array<Region, 3>;
 
+  // Tokens of one sequence, one after another.
+  struct TokenGroup {
+    const KvCache* cache;
+    size_t first_token, n_tokens;
+    size_t n_chunks;  // that the last of them looks back on
+  };
+
   // What one thread does at a time: some rows of a projection for some tokens.
   struct Piece {
     const Projection* projection;
@@ -90,7 +97,10 @@ class Transformer {
   void by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums, std::vector<uint8_t>& codes);
   void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
   void attend(std::span<const BatchToken> batch, size_t layer);
-  void attend_long(const BatchToken& token, size_t layer);
+  void group_tokens(std::span<const BatchToken> batch);
+  bool attend_chunk(const BatchToken& token, size_t t, size_t layer, size_t kv_head, size_t chunk, float* scores,
+                    const Attention& out) const;
+  Attention attention_at(std::vector<float>& memory, size_t index) const;
   void add_to_residual();
   void norm_outputs(std::span<const BatchToken> batch);
   void multiply_output(const float* x, size_t n, float* out);
@@ -128,12 +138,12 @@ class Transformer {
   std::vector<float> screen_corrections_, screen_variances_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
-  std::vector<LutScratch> lut_scratch_;      // a thread each
-  std::vector<std::vector<uint8_t>> codes_;  // a thread each: (kExpandedRows, widest / 4)
-  std::vector<std::vector<int32_t>> sums_;   // a thread each: (max_batch, kRowsPerPiece)
-  size_t max_stride_;                        // positions of the longest context, rounded up to blocks
-  std::vector<float> scores_;  // (heads, max_stride_): of a kv head's query heads for each thread, or of one token
-  std::vector<float> totals_;  // (heads)
+  std::vector<LutScratch> lut_scratch_;                // a thread each
+  std::vector<std::vector<uint8_t>> codes_;            // a thread each: (kExpandedRows, widest / 4)
+  std::vector<std::vector<int32_t>> sums_;             // a thread each: (max_batch, kRowsPerPiece)
+  std::vector<TokenGroup> groups_;                     // of the current batch
+  std::vector<std::vector<float>> attention_scratch_;  // a thread each
+  std::vector<float> partial_attention_;               // (n_tokens, n_kv_heads, chunks) attentions
 };
 
 }  // namespace bitnet

@@ -107,6 +107,12 @@ Json probabilities(std::span<const TokenProbability> list, const Tokenizer& toke
   return out;
 }
 
+std::string_view name_of(const CacheFileUse& use) {
+  if (use.invalid) return "invalid";
+  if (use.restored) return use.saved ? "restored+saved" : "restored";
+  return use.saved ? "saved" : "none";
+}
+
 Json done_event(const std::string& id, size_t index, const CompletionResult& r) {
   return {{"event", "done"},
           {"id", id},
@@ -118,6 +124,7 @@ Json done_event(const std::string& id, size_t index, const CompletionResult& r) 
           {"tokens_predicted", r.tokens.size()},
           {"tokens_evaluated", r.n_prompt},
           {"tokens_cached", r.n_cached},
+          {"cache_file", name_of(r.cache_file)},
           {"truncated", r.truncated},
           {"seed", r.seed},
           {"timings", timings(r)}};
@@ -282,6 +289,25 @@ class Worker {
     send({{"event", "done"}, {"id", id}, {"content", to_valid_utf8(engine_.tokenizer.decode(request.tokens, true))}});
   }
 
+  // Hexadecimal digits, because the bytes of one token need not be UTF-8.
+  void accept(const std::string& id, VocabularyRequest) {
+    require_free(id);
+    constexpr std::string_view kDigits = "0123456789abcdef";
+    const Tokenizer& tokenizer = engine_.tokenizer;
+    Json tokens = Json::array();
+    Json control = Json::array();
+    for (TokenId token = 0; token < static_cast<TokenId>(tokenizer.vocab_size()); ++token) {
+      std::string digits;
+      for (const char byte : tokenizer.decode(token, true)) {
+        digits += kDigits[static_cast<uint8_t>(byte) >> 4];
+        digits += kDigits[static_cast<uint8_t>(byte) & 15];
+      }
+      tokens.push_back(std::move(digits));
+      if (tokenizer.is_control(token)) control.push_back(token);
+    }
+    send({{"event", "done"}, {"id", id}, {"tokens", std::move(tokens)}, {"control", std::move(control)}});
+  }
+
   void accept(const std::string& id, CancelRequest) {
     post([this, id] {
       if (const auto it = tickets_.find(id); it != tickets_.end()) scheduler_.cancel(it->second);
@@ -370,6 +396,7 @@ class Worker {
             {"bos", bos ? Json(*bos) : Json()},
             {"eot", eot ? Json(*eot) : Json()},
             {"eos", engine_.tokenizer.end_of_generation()},
+            {"add_bos", engine_.tokenizer.add_bos()},
             {"version", kVersion}};
   }
 

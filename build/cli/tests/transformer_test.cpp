@@ -59,7 +59,7 @@ bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
 }  // namespace
 
 TEST_CASE("the same bits for every instruction set, thread count and batch size") {
-  for (const CacheType kv : {CacheType::kF16, CacheType::kF32}) {
+  for (const CacheType kv : kCacheTypes) {
     const std::vector<float> expected = all_logits(options(Isa::kScalar, 1, 1, kv));
     for (const Isa isa : kIsas) {
       if (!supported(isa)) continue;

@@ -125,9 +125,9 @@ const Kernels kAvx2Kernels = {
     .rope = avx2::rope,
     .store_key = avx2::store_key,
     .store_value = avx2::store_value,
-    .attention_scores = avx2::attention_scores,
-    .softmax = avx2::softmax,
-    .attention_values = avx2::attention_values,
+    .attend = avx2::attend,
+    .add_attention = avx2::add_attention,
+    .divide_attention = avx2::divide_attention,
     .screen_rows = avx2::screen_rows,
     .dot_rows = avx2::dot_rows,
 };

@@ -131,9 +131,9 @@ constexpr Kernels kTable = {
     .rope = avx512::rope,
     .store_key = avx512::store_key,
     .store_value = avx512::store_value,
-    .attention_scores = avx512::attention_scores,
-    .softmax = avx512::softmax,
-    .attention_values = avx512::attention_values,
+    .attend = avx512::attend,
+    .add_attention = avx512::add_attention,
+    .divide_attention = avx512::divide_attention,
     .screen_rows = avx512::screen_rows,
     .dot_rows = avx512::dot_rows,
 };

@@ -71,6 +71,30 @@ void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const T
   }
 }
 
-std::string_view name_of(CacheType type) { return type == CacheType::kF32 ? "f32" : "f16"; }
+size_t position_bytes(CacheType type, size_t head_dim) {
+  switch (type) {
+    case CacheType::kF32:
+      return head_dim * 4;
+    case CacheType::kF16:
+      return head_dim * 2;
+    case CacheType::kI8:
+      break;
+  }
+  return head_dim + sizeof(float);
+}
+
+size_t chunk_bytes(CacheType type, size_t head_dim) { return kChunkPositions * position_bytes(type, head_dim); }
+
+std::string_view name_of(CacheType type) {
+  switch (type) {
+    case CacheType::kF32:
+      return "f32";
+    case CacheType::kF16:
+      return "f16";
+    case CacheType::kI8:
+      break;
+  }
+  return "i8";
+}
 
 }  // namespace bitnet

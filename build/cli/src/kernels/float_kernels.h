@@ -67,81 +67,135 @@ void rope(float* head, const float* cosines, const float* sines, size_t head_dim
   }
 }
 
+// The cache's numbers of each type, as floats.
 inline F32x16 load_cached(const float* p) { return load(p); }
 inline F32x16 load_cached(const uint16_t* p) { return load_half(p); }
+inline F32x16 load_cached(const int8_t* p) { return load_int8(p); }
 
-void store_key(const float* key, void* keys, CacheType type, size_t position, size_t head_dim) {
+// int8 numbers have a scale for each position, after all numbers of the chunk.
+inline float* scales_of(std::byte* chunk, size_t head_dim) {
+  return reinterpret_cast<float*>(chunk + kChunkPositions * head_dim);
+}
+inline const float* scales_of(const std::byte* chunk, size_t head_dim) {
+  return reinterpret_cast<const float*>(chunk + kChunkPositions * head_dim);
+}
+
+// What makes int8 numbers of x, and back.
+struct Int8Scale {
+  float forth, back;
+};
+inline Int8Scale int8_scale(const float* x, size_t n) {
+  F32x16 largest = zero();
+  for (size_t i = 0; i < n; i += kLanes) largest = max(abs(load(x + i)), largest);
+  const float amplitude = maximum(largest);
+  return amplitude > 0.0f ? Int8Scale{127.0f / amplitude, amplitude / 127.0f} : Int8Scale{0.0f, 0.0f};
+}
+
+void store_key(const float* key, std::byte* keys, CacheType type, size_t position, size_t head_dim) {
   const size_t base = position / kPositionsPerBlock * head_dim * kPositionsPerBlock + position % kPositionsPerBlock;
-  if (type == CacheType::kF32) {
-    float* out = static_cast<float*>(keys) + base;
-    for (size_t d = 0; d < head_dim; d++) out[d * kPositionsPerBlock] = key[d];
-    return;
-  }
-  uint16_t* out = static_cast<uint16_t*>(keys) + base;
+  const auto scatter = [&](auto* out, size_t d, const auto* numbers) {
+    for (size_t i = 0; i < kLanes; i++) out[base + (d + i) * kPositionsPerBlock] = numbers[i];
+  };
+  const Int8Scale scale = type == CacheType::kI8 ? int8_scale(key, head_dim) : Int8Scale{};
+  if (type == CacheType::kI8) scales_of(keys, head_dim)[position] = scale.back;
   for (size_t d = 0; d < head_dim; d += kLanes) {
-    uint16_t halves[kLanes];
-    store_half(halves, load(key + d));
-    for (size_t i = 0; i < kLanes; i++) out[(d + i) * kPositionsPerBlock] = halves[i];
+    if (type == CacheType::kF32) {
+      scatter(reinterpret_cast<float*>(keys), d, key + d);
+    } else if (type == CacheType::kF16) {
+      uint16_t halves[kLanes];
+      store_half(halves, load(key + d));
+      scatter(reinterpret_cast<uint16_t*>(keys), d, halves);
+    } else {
+      int8_t numbers[kLanes];
+      store_int8(numbers, mul(load(key + d), set1(scale.forth)));
+      scatter(reinterpret_cast<int8_t*>(keys), d, numbers);
+    }
   }
 }
 
-void store_value(const float* value, void* values, CacheType type, size_t position, size_t head_dim) {
+void store_value(const float* value, std::byte* values, CacheType type, size_t position, size_t head_dim) {
+  const Int8Scale scale = type == CacheType::kI8 ? int8_scale(value, head_dim) : Int8Scale{};
+  if (type == CacheType::kI8) scales_of(values, head_dim)[position] = scale.back;
   for (size_t d = 0; d < head_dim; d += kLanes) {
+    const size_t at = position * head_dim + d;
     if (type == CacheType::kF32)
-      store(static_cast<float*>(values) + position * head_dim + d, load(value + d));
+      store(reinterpret_cast<float*>(values) + at, load(value + d));
+    else if (type == CacheType::kF16)
+      store_half(reinterpret_cast<uint16_t*>(values) + at, load(value + d));
     else
-      store_half(static_cast<uint16_t*>(values) + position * head_dim + d, load(value + d));
+      store_int8(reinterpret_cast<int8_t*>(values) + at, mul(load(value + d), set1(scale.forth)));
   }
 }
 
-// scores[h · stride + position] = q[h] · k[position] / √head_dim for H heads and B blocks of positions.
+// Reads the cache so far ahead, in bytes: values follow the keys, and the next head's keys the values.
+constexpr size_t kCacheAhead = 4096;
+
+template <class T>
+inline void fetch_cache(const T* p) {
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kCacheAhead, 0, 3);
+}
+
+// scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H heads and B blocks of positions.
 template <class T, int H, int B>
-inline void score(const float* q, size_t head_dim, const T* keys, float factor, float* scores, size_t stride) {
+inline void score(const float* q, size_t head_dim, const T* keys, float factor, const float* scales, float* scores) {
+  constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
   F32x16 acc[B][H];
   for (int b = 0; b < B; b++)
     for (int h = 0; h < H; h++) acc[b][h] = zero();
   for (size_t d = 0; d < head_dim; d++)
     for (int b = 0; b < B; b++) {
-      const F32x16 k = load_cached(keys + (static_cast<size_t>(b) * head_dim + d) * kPositionsPerBlock);
+      const T* p = keys + (static_cast<size_t>(b) * head_dim + d) * kPositionsPerBlock;
+      if (d % kPerLine == 0) fetch_cache(p);
+      const F32x16 k = load_cached(p);
       for (int h = 0; h < H; h++) acc[b][h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d]), k, acc[b][h]);
     }
   for (int b = 0; b < B; b++)
-    for (int h = 0; h < H; h++)
-      store(scores + static_cast<size_t>(h) * stride + static_cast<size_t>(b) * kPositionsPerBlock,
-            mul(acc[b][h], set1(factor)));
+    for (int h = 0; h < H; h++) {
+      const size_t first = static_cast<size_t>(b) * kPositionsPerBlock;
+      F32x16 s = mul(acc[b][h], set1(factor));
+      if (scales) s = mul(s, load(scales + first));
+      store(scores + static_cast<size_t>(h) * kChunkPositions + first, s);
+    }
 }
 
-// Lanes past n become 0.
-float softmax(float* scores, size_t n) {
+// Scores → e^(score − largest), in place, 0 past n, times `scales` where there are some; returns the sum without them.
+inline float softmax(float* scores, size_t n, const float* scales, float* largest) {
   const size_t whole = n / kLanes * kLanes;
   const float lowest = -__builtin_inff();
-  F32x16 largest = set1(lowest);
-  for (size_t i = 0; i < whole; i += kLanes) largest = max(load(scores + i), largest);
-  if (whole < n) largest = max(keep_first(load(scores + whole), n - whole, lowest), largest);
-  const F32x16 top = set1(maximum(largest));
+  F32x16 top = set1(lowest);
+  for (size_t i = 0; i < whole; i += kLanes) top = max(load(scores + i), top);
+  if (whole < n) top = max(keep_first(load(scores + whole), n - whole, lowest), top);
+  *largest = maximum(top);
   F32x16 total = zero();
   for (size_t i = 0; i < n; i += kLanes) {
-    F32x16 e = exp_negative(sub(load(scores + i), top));
+    F32x16 e = exp_negative(sub(load(scores + i), set1(*largest)));
     if (i == whole) e = keep_first(e, n - whole, 0.0f);
-    store(scores + i, e);
     total = add(total, e);
+    if (scales) {
+      e = mul(e, load(scales + i));
+      if (i == whole) e = keep_first(e, n - whole, 0.0f);
+    }
+    store(scores + i, e);
   }
   return sum(total);
 }
 
-// Adds numerator · v of the positions first … last − 1 to out, for H heads and D vectors of dimensions.
+// Adds weight · v of the positions first … last − 1 to out, for H heads and D vectors of dimensions.
 template <class T, int H, int D>
-inline void weigh(const float* p, size_t stride, const T* values, size_t first, size_t last, size_t head_dim,
-                  float* out) {
+inline void weigh(const float* weights, const T* values, size_t first, size_t last, size_t head_dim, float* out) {
   F32x16 acc[H][D];
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++)
       acc[h][d] = load(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes);
   for (size_t j = first; j < last; j++) {
     F32x16 v[D];
-    for (int d = 0; d < D; d++) v[d] = load_cached(values + j * head_dim + static_cast<size_t>(d) * kLanes);
+    for (int d = 0; d < D; d++) {
+      const T* p = values + j * head_dim + static_cast<size_t>(d) * kLanes;
+      if (d * kLanes * sizeof(T) % 64 == 0) fetch_cache(p);
+      v[d] = load_cached(p);
+    }
     for (int h = 0; h < H; h++) {
-      const F32x16 weight = set1(p[static_cast<size_t>(h) * stride + j]);
+      const F32x16 weight = set1(weights[static_cast<size_t>(h) * kChunkPositions + j]);
       for (int d = 0; d < D; d++) acc[h][d] = fma(weight, v[d], acc[h][d]);
     }
   }
@@ -151,81 +205,73 @@ inline void weigh(const float* p, size_t stride, const T* values, size_t first, 
 }
 
 template <class T, int H>
-inline void score_heads(const float* q, const AttentionSpan& span, size_t first_block, size_t n_blocks, float* scores,
-                        size_t stride) {
-  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(span.head_dim));
-  const size_t block_elements = span.head_dim * kPositionsPerBlock;
-  const T* keys = static_cast<const T*>(span.keys);
-  size_t b = first_block;
-  for (; b + kScoreBlocks <= first_block + n_blocks; b += kScoreBlocks)
-    score<T, H, kScoreBlocks>(q, span.head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock,
-                              stride);
-  for (; b < first_block + n_blocks; b++)
-    score<T, H, 1>(q, span.head_dim, keys + b * block_elements, factor, scores + b * kPositionsPerBlock, stride);
-}
-
-template <class T, int H>
-inline void weigh_heads(const float* p, size_t stride, const float* totals, const AttentionSpan& span, size_t first_dim,
-                        size_t n_dims, float* out) {
-  constexpr size_t kChunk = 64;  // positions whose values stay in the L1 cache while all dimensions are done
-  const T* values = static_cast<const T*>(span.values);
-  const size_t end = first_dim + n_dims;
+inline void attend_heads(const float* q, const AttentionChunk& chunk, float* scores, const Attention& out) {
+  const size_t dim = chunk.head_dim, n = chunk.n_positions;
+  const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, block = dim * kPositionsPerBlock;
+  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
+  const float* key_scales = sizeof(T) == 1 ? scales_of(chunk.keys, dim) : nullptr;
+  const float* value_scales = sizeof(T) == 1 ? scales_of(chunk.values, dim) : nullptr;
+  const T* keys = reinterpret_cast<const T*>(chunk.keys);
+  const T* values = reinterpret_cast<const T*>(chunk.values);
+  const auto scales_at = [&](size_t b) { return key_scales ? key_scales + b * kPositionsPerBlock : nullptr; };
+  size_t b = 0;
+  for (; b + kScoreBlocks <= n_blocks; b += kScoreBlocks)
+    score<T, H, kScoreBlocks>(q, dim, keys + b * block, factor, scales_at(b), scores + b * kPositionsPerBlock);
+  for (; b < n_blocks; b++)
+    score<T, H, 1>(q, dim, keys + b * block, factor, scales_at(b), scores + b * kPositionsPerBlock);
   for (size_t h = 0; h < H; h++)
-    for (size_t d = first_dim; d < end; d += kLanes) store(out + h * span.head_dim + d, zero());
-  for (size_t j = 0; j < span.n_positions; j += kChunk) {
-    const size_t last = j + kChunk < span.n_positions ? j + kChunk : span.n_positions;
-    size_t d = first_dim;
-    for (; d + kWeighVectors * kLanes <= end; d += kWeighVectors * kLanes)
-      weigh<T, H, kWeighVectors>(p, stride, values + d, j, last, span.head_dim, out + d);
-    for (; d < end; d += kLanes) weigh<T, H, 1>(p, stride, values + d, j, last, span.head_dim, out + d);
+    out.totals[h] = softmax(scores + h * kChunkPositions, n, value_scales, &out.largest[h]);
+  for (size_t i = 0; i < H * dim; i += kLanes) store(out.sums + i, zero());
+  constexpr size_t kAtOnce = 64;  // positions whose values stay in the L1 cache while all dimensions are done
+  for (size_t j = 0; j < n; j += kAtOnce) {
+    const size_t last = j + kAtOnce < n ? j + kAtOnce : n;
+    size_t d = 0;
+    for (; d + kWeighVectors * kLanes <= dim; d += kWeighVectors * kLanes)
+      weigh<T, H, kWeighVectors>(scores, values + d, j, last, dim, out.sums + d);
+    for (; d < dim; d += kLanes) weigh<T, H, 1>(scores, values + d, j, last, dim, out.sums + d);
   }
-  for (size_t h = 0; h < H; h++)
-    for (size_t d = first_dim; d < end; d += kLanes) {
-      float* place = out + h * span.head_dim + d;
-      store(place, div(load(place), set1(totals[h])));
-    }
 }
 
 // Heads go in groups that the registers hold: four, two, one.
 template <class T>
-inline void score_all(const float* q, size_t n_heads, const AttentionSpan& span, size_t first_block, size_t n_blocks,
-                      float* scores, size_t stride) {
-  const size_t dim = span.head_dim;
+inline void attend_all(const float* q, size_t n_heads, const AttentionChunk& chunk, float* scores,
+                       const Attention& out) {
+  const size_t dim = chunk.head_dim;
+  const auto from = [&](size_t h) { return Attention{out.largest + h, out.totals + h, out.sums + h * dim}; };
   size_t h = 0;
-  for (; h + 4 <= n_heads; h += 4)
-    score_heads<T, 4>(q + h * dim, span, first_block, n_blocks, scores + h * stride, stride);
-  for (; h + 2 <= n_heads; h += 2)
-    score_heads<T, 2>(q + h * dim, span, first_block, n_blocks, scores + h * stride, stride);
-  for (; h < n_heads; h++) score_heads<T, 1>(q + h * dim, span, first_block, n_blocks, scores + h * stride, stride);
+  for (; h + 4 <= n_heads; h += 4) attend_heads<T, 4>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
+  for (; h + 2 <= n_heads; h += 2) attend_heads<T, 2>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
+  for (; h < n_heads; h++) attend_heads<T, 1>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
 }
 
-template <class T>
-inline void weigh_all(const float* p, size_t stride, const float* totals, size_t n_heads, const AttentionSpan& span,
-                      size_t first_dim, size_t n_dims, float* out) {
-  const size_t dim = span.head_dim;
-  size_t h = 0;
-  for (; h + 4 <= n_heads; h += 4)
-    weigh_heads<T, 4>(p + h * stride, stride, totals + h, span, first_dim, n_dims, out + h * dim);
-  for (; h + 2 <= n_heads; h += 2)
-    weigh_heads<T, 2>(p + h * stride, stride, totals + h, span, first_dim, n_dims, out + h * dim);
-  for (; h < n_heads; h++)
-    weigh_heads<T, 1>(p + h * stride, stride, totals + h, span, first_dim, n_dims, out + h * dim);
+void attend(const float* queries, size_t n_heads, const AttentionChunk& chunk, float* scores, const Attention& out) {
+  switch (chunk.type) {
+    case CacheType::kF32:
+      return attend_all<float>(queries, n_heads, chunk, scores, out);
+    case CacheType::kF16:
+      return attend_all<uint16_t>(queries, n_heads, chunk, scores, out);
+    case CacheType::kI8:
+      return attend_all<int8_t>(queries, n_heads, chunk, scores, out);
+  }
 }
 
-void attention_scores(const float* q, size_t n_heads, const AttentionSpan& span, size_t first_block, size_t n_blocks,
-                      float* scores, size_t stride) {
-  if (span.type == CacheType::kF32)
-    score_all<float>(q, n_heads, span, first_block, n_blocks, scores, stride);
-  else
-    score_all<uint16_t>(q, n_heads, span, first_block, n_blocks, scores, stride);
+void add_attention(const Attention& a, const Attention& b, size_t n_heads, size_t head_dim) {
+  for (size_t h = 0; h < n_heads; h++) {
+    const float largest = a.largest[h] > b.largest[h] ? a.largest[h] : b.largest[h];
+    const F32x16 of_a = exp_negative(set1(a.largest[h] - largest)), of_b = exp_negative(set1(b.largest[h] - largest));
+    float total[kLanes];
+    store(total, fma(set1(b.totals[h]), of_b, mul(set1(a.totals[h]), of_a)));
+    a.totals[h] = total[0];
+    a.largest[h] = largest;
+    for (size_t d = h * head_dim; d < (h + 1) * head_dim; d += kLanes)
+      store(a.sums + d, fma(load(b.sums + d), of_b, mul(load(a.sums + d), of_a)));
+  }
 }
 
-void attention_values(const float* numerators, size_t stride, const float* totals, size_t n_heads,
-                      const AttentionSpan& span, size_t first_dim, size_t n_dims, float* out) {
-  if (span.type == CacheType::kF32)
-    weigh_all<float>(numerators, stride, totals, n_heads, span, first_dim, n_dims, out);
-  else
-    weigh_all<uint16_t>(numerators, stride, totals, n_heads, span, first_dim, n_dims, out);
+void divide_attention(const Attention& sum, size_t n_heads, size_t head_dim, float* out) {
+  for (size_t h = 0; h < n_heads; h++)
+    for (size_t d = h * head_dim; d < (h + 1) * head_dim; d += kLanes)
+      store(out + d, div(load(sum.sums + d), set1(sum.totals[h])));
 }
 
 // Sixteen weights of a row from element i on.

@@ -17,6 +17,7 @@ namespace bitnet {
 inline constexpr size_t kLanes = 16;              // float lanes of every reduction
 inline constexpr size_t kTernaryBlock = 128;      // weights in 32 bytes of I2_S
 inline constexpr size_t kPositionsPerBlock = 16;  // positions that lie side by side in the key cache
+inline constexpr size_t kChunkPositions = 256;    // that attention takes at a time
 
 // How many rows ahead one token's pass over a ternary matrix asks for: 10 kB at 2,560 columns. Several rows are read
 // side by side, each too short for the processor to see where it leads.
@@ -24,7 +25,8 @@ inline constexpr size_t kPrefetchRows = 16;
 
 enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Vbmi };
 inline constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi};
-enum class CacheType { kF16, kF32 };
+enum class CacheType { kF16, kF32, kI8 };
+inline constexpr CacheType kCacheTypes[] = {CacheType::kF16, CacheType::kF32, CacheType::kI8};
 
 // How a row of the output matrix is stored. The split types keep whole numbers of 8 or 6 bits with a scale for each
 // block of 32, in two planes: `data` has the scales (f16, one a block) and the numbers' upper four bits, `low` the
@@ -81,14 +83,23 @@ struct Screen {
   float unit;                // of one count of the upper plane
 };
 
-// Keys and values of one layer and one kv head. Keys lie in blocks of 16 positions, (n_ctx / 16, head_dim, 16), so that
-// one vector holds the same dimension of 16 positions; values as (n_ctx, head_dim). Both are of the cache's type.
-struct AttentionSpan {
-  const void* keys;
-  const void* values;
+// Keys and values of one layer and one kv head, of up to kChunkPositions positions. Keys lie in blocks of 16 positions,
+// (kChunkPositions / 16, head_dim, 16), so that one vector holds the same dimension of 16 positions; values as
+// (kChunkPositions, head_dim). Both are of the cache's type; int8 numbers are followed by a scale for each position,
+// f32.
+struct AttentionChunk {
+  const std::byte* keys;    // chunk_bytes(type, head_dim)
+  const std::byte* values;  // chunk_bytes(type, head_dim)
   CacheType type;
-  size_t n_positions;  // how many are attended to; the rest of the last block is ignored
+  size_t n_positions;  // how many are attended to; what follows is ignored
   size_t head_dim;
+};
+
+// What n_heads queries take from some positions, before the division by the total.
+struct Attention {
+  float* largest;  // (n_heads): the largest score
+  float* totals;   // (n_heads): Σ e^(score − largest)
+  float* sums;     // (n_heads, head_dim): Σ e^(score − largest) · value
 };
 
 struct Kernels {
@@ -134,21 +145,18 @@ struct Kernels {
   // 2).
   void (*rope)(float* head, const float* cosines, const float* sines, size_t head_dim);
 
-  // Puts one position's key and value (head_dim) into a cache laid out as AttentionSpan says.
-  void (*store_key)(const float* key, void* keys, CacheType type, size_t position, size_t head_dim);
-  void (*store_value)(const float* value, void* values, CacheType type, size_t position, size_t head_dim);
+  // Puts a key and a value (head_dim) at a position of a chunk, laid out as AttentionChunk says.
+  void (*store_key)(const float* key, std::byte* keys, CacheType type, size_t position, size_t head_dim);
+  void (*store_value)(const float* value, std::byte* values, CacheType type, size_t position, size_t head_dim);
 
-  // The three steps of softmax(q kᵀ / √head_dim) v for n_heads query heads (n_heads, head_dim) that share one kv head.
-  // Scores are (n_heads, stride) with stride ≥ n_positions rounded up to 16. A step may be done in parts, on several
-  // threads; the bits are the same. … of the blocks of 16 positions first_block … first_block + n_blocks − 1:
-  void (*attention_scores)(const float* queries, size_t n_heads, const AttentionSpan& span, size_t first_block,
-                           size_t n_blocks, float* scores, size_t stride);
-  // … one head's scores → numerators e^(score − largest), in place; returns their sum:
-  float (*softmax)(float* scores, size_t n_positions);
-  // … of the dimensions first_dim … first_dim + n_dims − 1 (multiples of 16): out[h][d] = Σ numerator · v[d] /
-  // totals[h], out (n_heads, head_dim).
-  void (*attention_values)(const float* numerators, size_t stride, const float* totals, size_t n_heads,
-                           const AttentionSpan& span, size_t first_dim, size_t n_dims, float* out);
+  // softmax(q kᵀ / √head_dim) v for n_heads queries (n_heads, head_dim) that share one kv head, chunk by chunk: what
+  // they take from one; scores (n_heads, kChunkPositions) is working memory.
+  void (*attend)(const float* queries, size_t n_heads, const AttentionChunk& chunk, float* scores,
+                 const Attention& out);
+  // Adds what they take from the next chunk. Chunks are added in their order, wherever they were computed.
+  void (*add_attention)(const Attention& sum, const Attention& next, size_t n_heads, size_t head_dim);
+  // out (n_heads, head_dim) = sums / totals
+  void (*divide_attention)(const Attention& sum, size_t n_heads, size_t head_dim, float* out);
 
   // For rows of a split type, from their upper plane alone: estimates[r] ≈ Σᵢ w.rows[r][i] · x[i], and the standard
   // deviation of the error for lower bits that are independent of x.
@@ -165,6 +173,10 @@ Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA or F16C i
 
 // Rows of trits → rows of codes, (rows, cols / 4).
 void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& trits, uint8_t* codes);
+
+// Bytes of one position's key or value, and of a chunk's keys or values.
+size_t position_bytes(CacheType type, size_t head_dim);
+size_t chunk_bytes(CacheType type, size_t head_dim);
 
 // Bytes of one row of `cols` weights, in `data` and in `low`.
 size_t row_bytes(RowType type, size_t cols);

@@ -61,9 +61,9 @@ const Kernels kScalarKernels = {
     .rope = scalar::rope,
     .store_key = scalar::store_key,
     .store_value = scalar::store_value,
-    .attention_scores = scalar::attention_scores,
-    .softmax = scalar::softmax,
-    .attention_values = scalar::attention_values,
+    .attend = scalar::attend,
+    .add_attention = scalar::add_attention,
+    .divide_attention = scalar::divide_attention,
     .screen_rows = scalar::screen_rows,
     .dot_rows = scalar::dot_rows,
 };

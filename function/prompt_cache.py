@@ -1,0 +1,172 @@
+"""KV of prompts that outlives the engine: one file for each `prompt_cache_key`, on this machine and in S3.
+
+The engine writes and verifies the files (docs/worker-protocol.md, `cache_file`); here they get names, go to S3 and come
+back. Whatever fails here is logged, without the key, and costs no request more than the time it saves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import os
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+    from function.settings import Settings
+
+logger = logging.getLogger("bitnet.prompt_cache")
+
+SUFFIX = ".kv"
+USEFUL_TOKENS = 32  # shared with a prompt, below which the file is another prompt's: all begin with the same token
+PAUSE_S = 60  # without S3 after it failed
+CONNECT_TIMEOUT_S = 2
+READ_TIMEOUT_S = 10
+NOT_THERE = (403, 404)  # without s3:ListBucket, S3 says 403 of a missing key
+
+
+@dataclass(frozen=True)
+class Entry:
+    """The file of one key. `save`: this request writes it."""
+
+    path: Path
+    save: bool
+
+    def for_engine(self) -> dict[str, Any]:
+        """The fields of the worker's `completion`."""
+        return {"cache_file": str(self.path)} | ({"cache_save": True} if self.save else {})
+
+
+class PromptCache:
+    """Finds and keeps the files. Any thread may use it."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+        uri = settings.prompt_cache_s3_uri
+        self._bucket, _, self._prefix = (uri or "").removeprefix("s3://").partition("/")
+        self._directory = settings.prompt_cache_dir or (settings.model_cache_dir / "prompts" if uri else None)
+        self._lock = threading.Lock()
+        self._client: S3Client | None = None
+        self._no_s3_before = 0.0  # of time.monotonic()
+        self._useless: set[Path] = set()  # of another prompt: to be written again
+
+    def open(self, key: str, ready: Mapping[str, Any]) -> Entry | None:
+        """The entry of `key` for the model of the worker's `ready` event, copied from S3 if it is not here.
+
+        None if there is no cache.
+        """
+        if self._directory is None:
+            return None
+        path = self._directory / (self._name(key, ready) + SUFFIX)
+        try:
+            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if path.exists():
+                os.utime(path)
+            else:
+                self._download(path)
+            with self._lock:
+                save = path in self._useless or not path.exists()
+                self._useless.discard(path)
+        except Exception as error:
+            _log("a prompt's cache cannot be read", error)
+            return None
+        return Entry(path, save)
+
+    def close(self, entry: Entry, done: Mapping[str, Any]) -> None:
+        """Keeps what the request of this `done` event has saved, in S3 too."""
+        try:
+            if "saved" in done["cache_file"]:
+                self._evict(entry.path)
+                self._upload(entry.path)
+            elif done["cache_file"] == "invalid" or done["tokens_cached"] < USEFUL_TOKENS:
+                with self._lock:
+                    self._useless.add(entry.path)
+        except Exception as error:
+            _log("a prompt's cache cannot be kept", error)
+
+    def _name(self, key: str, ready: Mapping[str, Any]) -> str:
+        """A name of its own for each key, model and type of cache, which tells nothing of the key."""
+        model = ready["model"]
+        parts = [key, ready["kv_type"], *(str(model[part]) for part in ("name", "architecture", "size", "n_params"))]
+        return hashlib.sha256("\0".join(parts).encode()).hexdigest()
+
+    def _download(self, path: Path) -> None:
+        client = self._s3()
+        if client is None:
+            return
+        from botocore.exceptions import ClientError
+
+        part = path.with_suffix(f".{threading.get_ident()}.part")
+        began = time.monotonic()
+        try:
+            client.download_file(self._bucket, self._key(path), str(part))
+            part.rename(path)
+        except ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in NOT_THERE:
+                self._failed("a prompt's cache cannot be copied from S3", error)
+            return
+        except Exception as error:
+            self._failed("a prompt's cache cannot be copied from S3", error)
+            return
+        finally:
+            part.unlink(missing_ok=True)
+        self._evict(path)
+        copied = {"bytes": path.stat().st_size, "copy_ms": round((time.monotonic() - began) * 1e3)}
+        logger.info("prompt's cache copied from S3", extra=copied)
+
+    def _upload(self, path: Path) -> None:
+        client = self._s3()
+        if client is None:
+            return
+        began = time.monotonic()
+        try:
+            client.upload_file(str(path), self._bucket, self._key(path))
+        except Exception as error:
+            self._failed("a prompt's cache cannot be copied to S3", error)
+            return
+        copied = {"bytes": path.stat().st_size, "copy_ms": round((time.monotonic() - began) * 1e3)}
+        logger.info("prompt's cache copied to S3", extra=copied)
+
+    def _key(self, path: Path) -> str:
+        return f"{self._prefix.rstrip('/')}/{path.name}"
+
+    def _s3(self) -> S3Client | None:
+        """The client, if there is a bucket and it did not fail just now."""
+        if not self._bucket or time.monotonic() < self._no_s3_before:
+            return None
+        with self._lock:
+            if self._client is None:
+                import boto3  # slow to import
+                from botocore.config import Config
+
+                config = Config(
+                    connect_timeout=CONNECT_TIMEOUT_S,
+                    read_timeout=READ_TIMEOUT_S,
+                    retries={"mode": "standard", "max_attempts": 2},
+                )
+                self._client = boto3.Session().client("s3", config=config)
+            return self._client
+
+    def _failed(self, what: str, error: Exception) -> None:
+        self._no_s3_before = time.monotonic() + PAUSE_S
+        _log(what, error)
+
+    def _evict(self, kept: Path) -> None:
+        """Removes the files used least recently, but for `kept`, until the rest is small enough."""
+        files = sorted(kept.parent.glob(f"*{SUFFIX}"), key=lambda path: path.stat().st_mtime, reverse=True)
+        room = self._settings.prompt_cache_bytes - kept.stat().st_size
+        for path in files:
+            if path != kept:
+                room -= path.stat().st_size
+                if room < 0:
+                    path.unlink(missing_ok=True)
+
+
+def _log(what: str, error: Exception) -> None:
+    logger.warning(what, extra={"error_type": type(error).__name__})
