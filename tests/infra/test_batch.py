@@ -136,6 +136,7 @@ def handle(event: Any) -> Any:
 
 def run(machine: Template, lines: list[Any], job: str) -> dict[str, int]:
     """Executes the state machine over a file of these lines, and returns how many batches ended how."""
+    application()  # here, since two invocations at once, which an environment never has, would make two
     prompts = machine["States"]["Prompts"]
     batcher, selector = prompts.pop("ItemBatcher"), prompts.pop("ItemSelector")
     assert selector == {"index.$": "$$.Map.Item.Index", "request.$": "$$.Map.Item.Value"}
