@@ -51,10 +51,12 @@ const float* vector(const GgufFile& file, const std::string& name, size_t n) {
 
 constexpr size_t kMatricesPerLayer = 7;
 
-bool keeps_trits(const Kernels& kernels) { return kernels.trits_by_vector != nullptr; }
+bool keeps_trits(const TernaryMatrix& m, const Kernels& kernels) {
+  return kernels.trit_matmul != nullptr && m.cols <= kMaxTritCols;
+}
 
 size_t settled_bytes_of(const TernaryMatrix& m, const Kernels& kernels) {
-  return keeps_trits(kernels) ? m.bytes() : m.rows * m.cols / 4;
+  return keeps_trits(m, kernels) ? m.bytes() : m.rows * m.cols / 4;
 }
 
 bool is_split(const FloatRows& w) { return w.type == RowType::kSplit8 || w.type == RowType::kSplit6; }
@@ -257,7 +259,7 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels) {
 
 void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
   constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
-  const bool keep = keeps_trits(kernels);
+  const bool keep = keeps_trits(m, kernels);
   TernaryMatrix there = m;
   there.type = keep ? TernaryType::kTrits : TernaryType::kCodes;
   there.data = settled_ + n_settled_;

@@ -105,8 +105,9 @@ class Transformer {
   void norm_outputs(std::span<const BatchToken> batch);
   void multiply_output(const float* x, size_t n, float* out);
   bool can_screen() const;
-  Screen prepare_screen(const float* x);
-  std::vector<Candidate> screened_best(const float* x, size_t k, std::span<const uint64_t> allowed);
+  Screen prepare_screen(const float* x, size_t place);
+  void screen(size_t which);
+  std::vector<Candidate> screened_best(size_t which, size_t k, std::span<const uint64_t> allowed);
   void exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first);
   template <class F>
   void for_each_token(F&& f);
@@ -132,7 +133,8 @@ class Transformer {
   std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
   size_t n_wanting_ = 0;
   std::vector<float> outputs_;                   // (n_wanting, dim): what the output matrix is multiplied with
-  std::vector<float> estimates_, deviations_;    // of screening
+  size_t first_screened_ = 0, n_screened_ = 0;   // outputs whose estimates are at hand
+  std::vector<float> estimates_, deviations_;    // (outputs screened together, n_vocab)
   std::vector<float> best_estimates_, highest_;  // a piece each: its best estimate, the most that a logit can be
   std::vector<int8_t> screen_values_;
   std::vector<float> screen_corrections_, screen_variances_;

@@ -99,19 +99,23 @@ TEST_CASE("split rows: dot products and estimates, the same bits everywhere") {
         }
         CHECK(std::fabs(expected[r] - dot) <= 1e-6 * magnitude);
       }
-      std::vector<int8_t> values(cols);
+      constexpr size_t kVectors = 7;  // go in groups of four, two and one
+      std::vector<int8_t> values(kVectors * cols);
       for (int8_t& v : values) v = static_cast<int8_t>(random() % 255 - 127);
-      std::vector<float> corrections(padded, 0.0f), variances(padded, 0.0f), estimates(rows), deviations(rows), e(rows),
-          d(rows);
-      for (size_t b = 0; b < blocks; b++)
-        corrections[b] = normal(random) * 100.0f, variances[b] = std::fabs(normal(random));
-      const Screen screen{values.data(), corrections.data(), variances.data(), 0.37f};
-      kScalarKernels.screen_rows(w, screen, estimates.data(), deviations.data());
+      std::vector<float> corrections(kVectors * padded, 0.0f), variances(kVectors * padded, 0.0f),
+          estimates(kVectors * rows), deviations(kVectors * rows), e(kVectors * rows), d(kVectors * rows);
+      std::vector<Screen> screens;
+      for (size_t t = 0; t < kVectors; t++) {
+        for (size_t b = t * padded; b < t * padded + blocks; b++)
+          corrections[b] = normal(random) * 100.0f, variances[b] = std::fabs(normal(random));
+        screens.push_back({&values[t * cols], &corrections[t * padded], &variances[t * padded], 0.37f});
+        kScalarKernels.screen_rows(w, &screens[t], 1, &estimates[t * rows], &deviations[t * rows], rows);
+      }
       for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
         if (!supported(isa)) continue;
         kernels_for(isa).dot_rows(w, x.data(), 3, got.data(), rows);
         CHECK(got == expected);
-        kernels_for(isa).screen_rows(w, screen, e.data(), d.data());
+        kernels_for(isa).screen_rows(w, screens.data(), kVectors, e.data(), d.data(), rows);
         CHECK(e == estimates);
         CHECK(d == deviations);
       }

@@ -119,7 +119,7 @@ constexpr Kernels kTable = {
     .rms_norm = avx512::rms_norm,
     .quantize = avx512::quantize,
     .ternary_matmul = avx512::ternary_matmul,
-    .trits_by_vector = nullptr,
+    .trit_matmul = nullptr,
     .expand_trits = avx512::expand_trits,
     .lut_lanes = avx512::kLutLanes,
     .lut_min_tokens = 24,
@@ -141,7 +141,7 @@ constexpr Kernels kTable = {
 constexpr Kernels with_trits(Kernels table) {
   table.isa = Isa::kAvx512Vbmi;
   table.expand_trits = avx512_vbmi::expand_trits;
-  table.trits_by_vector = avx512_vbmi::trits_by_vector;
+  table.trit_matmul = avx512_vbmi::trit_matmul;
   return table;
 }
 

@@ -102,13 +102,86 @@ inline void rows(const TernaryRows& w, size_t first, const int8_t* x, const int8
   }
 }
 
-void trits_by_vector(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
+void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
   const size_t whole = (w.row_bytes() / kTritUnit - 1) * kUnitCols;
   alignas(64) int8_t last[kUnitCols];
   for (size_t i = 0; i < kUnitCols; i++) last[i] = whole + i < w.cols ? x[whole + i] : int8_t{0};
   size_t r = 0;
   for (; r + kRows <= w.rows; r += kRows) rows<kRows>(w, r, x, last, sum, out);
   for (; r < w.rows; r++) rows<1>(w, r, x, last, sum, out);
+}
+
+// A token's activations in the order in which trits are used: for each half of a unit, those of codes 0 to 3 of its two
+// blocks side by side, then those of the fifth block. Zeros for the blocks that the last unit does not have.
+void lay_out(const int8_t* x, size_t cols, size_t units, int8_t* out) {
+  for (size_t u = 0; u < units; u++)
+    for (size_t half = 0; half < 2; half++)
+      for (size_t c = 0; c < 5; c++, out += 64)
+        for (size_t side = 0; side < 2; side++) {
+          const size_t block = c < 4 ? half * 2 + side : 4, code = c < 4 ? c : half * 2 + side;
+          const size_t from = u * kUnitCols + block * kTernaryBlock + code * 32;
+          const __m256i v = from < cols ? load256(x + from) : _mm256_setzero_si256();
+          _mm256_store_si256(reinterpret_cast<__m256i*>(out + side * 32), v);
+        }
+}
+
+// R rows by N tokens, laid out one after another.
+template <int R, int N>
+inline void rows_by_tokens(const TernaryRows& w, size_t first, const int8_t* laid, const int32_t* sums, int32_t* out,
+                           size_t out_stride) {
+  const ByteTable code_table(kTables.codes), fifth_table(kTables.fifths);
+  const __m512i mask = _mm512_set1_epi8(3);
+  const size_t stride = w.row_bytes(), units = stride / kTritUnit;
+  const uint8_t* data = w.data + first * stride;
+  __m512i acc[R][N];
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < N; t++) acc[r][t] = _mm512_setzero_si512();
+  for (size_t half = 0; half < 2 * units; half++) {
+    __m512i codes[R][5];
+    for (int r = 0; r < R; r++) {
+      const uint8_t* p = data + static_cast<size_t>(r) * stride + half * 64;
+      _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
+      const __m512i trits = load512(p), four = code_table[trits];
+      codes[r][0] = _mm512_and_si512(_mm512_srli_epi16(four, 6), mask);
+      codes[r][1] = _mm512_and_si512(_mm512_srli_epi16(four, 4), mask);
+      codes[r][2] = _mm512_and_si512(_mm512_srli_epi16(four, 2), mask);
+      codes[r][3] = _mm512_and_si512(four, mask);
+      codes[r][4] = fifth_table[trits];
+    }
+    for (int c = 0; c < 5; c++)
+      for (int t = 0; t < N; t++) {
+        const __m512i a =
+            load512(laid + (static_cast<size_t>(t) * units * 10 + half * 5 + static_cast<size_t>(c)) * 64);
+        for (int r = 0; r < R; r++) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], codes[r][c], a);
+      }
+  }
+  for (int r = 0; r < R; r++)
+    for (int t = 0; t < N; t++)  // codes are weights + 1
+      out[static_cast<size_t>(t) * out_stride + first + static_cast<size_t>(r)] =
+          _mm512_reduce_add_epi32(acc[r][t]) - sums[t];
+}
+
+template <int N>
+inline void by_tokens(const TernaryRows& w, const int8_t* laid, const int32_t* sums, int32_t* out, size_t out_stride) {
+  size_t r = 0;
+  for (; r + kRows <= w.rows; r += kRows) rows_by_tokens<kRows, N>(w, r, laid, sums, out, out_stride);
+  for (; r < w.rows; r++) rows_by_tokens<1, N>(w, r, laid, sums, out, out_stride);
+}
+
+void trit_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
+  if (x.n_tokens == 1) return by_one_token(w, x.values, x.sums[0], out);
+  constexpr size_t kTokens = 4;  // whose sums the registers hold
+  const size_t units = w.row_bytes() / kTritUnit, laid_bytes = units * kUnitCols;
+  alignas(64) int8_t laid[kTokens * (kMaxTritCols + kUnitCols)];
+  for (size_t t = 0; t < x.n_tokens; t += kTokens) {
+    const size_t n = x.n_tokens - t < kTokens ? x.n_tokens - t : kTokens;
+    for (size_t i = 0; i < n; i++) lay_out(x.values + (t + i) * w.cols, w.cols, units, laid + i * laid_bytes);
+    int32_t* to = out + t * out_stride;
+    if (n == 4) by_tokens<4>(w, laid, x.sums + t, to, out_stride);
+    if (n == 3) by_tokens<3>(w, laid, x.sums + t, to, out_stride);
+    if (n == 2) by_tokens<2>(w, laid, x.sums + t, to, out_stride);
+    if (n == 1) by_tokens<1>(w, laid, x.sums + t, to, out_stride);
+  }
 }
 
 }  // namespace avx512_vbmi

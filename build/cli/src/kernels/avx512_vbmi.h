@@ -9,6 +9,6 @@
 namespace bitnet::avx512_vbmi {
 
 void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes);
-void trits_by_vector(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out);
+void trit_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
 }  // namespace bitnet::avx512_vbmi

@@ -321,30 +321,49 @@ inline void dot_all(const FloatRows& w, const float* x, size_t n_tokens, float* 
     for (size_t t = 0; t < n_tokens; t++) dot_group<type, 1>(w, r, x + t * w.cols, out + t * out_stride + r);
 }
 
-void screen_rows(const FloatRows& w, const Screen& x, float* estimates, float* deviations) {
-  const size_t n_blocks = w.cols / kScaleBlock, stride = row_bytes(w.type, w.cols);
+// One row for N vectors; its scales have room for whole vectors.
+template <int N>
+inline void screen_row(const uint8_t* row, size_t n_blocks, float* scales, const Screen* x, float* estimates,
+                       float* deviations, size_t stride) {
+  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
+  size_t b = 0;
+  for (; b + kLanes <= n_blocks; b += kLanes) store(scales + b, load_half(halves + b));
+  for (; b < n_blocks; b++) scales[b] = half_to_float(halves[b]);
+  F32x16 correction[N], variance[N], acc[N];
+  for (int t = 0; t < N; t++) correction[t] = variance[t] = acc[t] = zero();
+  for (b = 0; b < n_blocks; b += kLanes) {
+    const F32x16 scale = load(scales + b), square = mul(scale, scale);
+    for (int t = 0; t < N; t++) {
+      correction[t] = fma(scale, load(x[t].corrections + b), correction[t]);
+      variance[t] = fma(square, load(x[t].variances + b), variance[t]);
+    }
+  }
+  const uint8_t* nibbles = row + n_blocks * sizeof(uint16_t);
+  for (b = 0; b < n_blocks; b += 2) {  // lanes 0–7 take the even block, lanes 8–15 the odd one
+    __builtin_prefetch(nibbles + b * 16 + 8192, 0, 3);
+    const F32x16 scale = set_halves(scales[b], scales[b + 1]);
+    for (int t = 0; t < N; t++)
+      acc[t] = fma(nibble_dots(nibbles + b * 16, x[t].values + b * kScaleBlock), scale, acc[t]);
+  }
+  for (size_t t = 0; t < N; t++) {
+    estimates[t * stride] = (sum(acc[t]) - sum(correction[t])) * x[t].unit;
+    deviations[t * stride] = __builtin_sqrtf(sum(variance[t]));
+  }
+}
+
+void screen_rows(const FloatRows& w, const Screen* x, size_t n, float* estimates, float* deviations, size_t stride) {
+  const size_t n_blocks = w.cols / kScaleBlock, row_stride = row_bytes(w.type, w.cols);
   alignas(64) float scales[kMaxScreenBlocks];
   for (size_t b = n_blocks / kLanes * kLanes; b < (n_blocks + kLanes - 1) / kLanes * kLanes; b++) scales[b] = 0.0f;
   for (size_t r = 0; r < w.rows; r++) {
-    const uint8_t* row = w.data + r * stride;
-    const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
-    size_t b = 0;
-    for (; b + kLanes <= n_blocks; b += kLanes) store(scales + b, load_half(halves + b));
-    for (; b < n_blocks; b++) scales[b] = half_to_float(halves[b]);
-    F32x16 correction = zero(), variance = zero();
-    for (b = 0; b < n_blocks; b += kLanes) {
-      const F32x16 scale = load(scales + b);
-      correction = fma(scale, load(x.corrections + b), correction);
-      variance = fma(mul(scale, scale), load(x.variances + b), variance);
-    }
-    const uint8_t* nibbles = row + n_blocks * sizeof(uint16_t);
-    F32x16 acc = zero();
-    for (b = 0; b < n_blocks; b += 2) {  // lanes 0–7 take the even block, lanes 8–15 the odd one
-      __builtin_prefetch(nibbles + b * 16 + 8192, 0, 0, 3);
-      acc = fma(nibble_dots(nibbles + b * 16, x.values + b * kScaleBlock), set_halves(scales[b], scales[b + 1]), acc);
-    }
-    estimates[r] = (sum(acc) - sum(correction)) * x.unit;
-    deviations[r] = __builtin_sqrtf(sum(variance));
+    const uint8_t* row = w.data + r * row_stride;
+    size_t t = 0;
+    for (; t + 4 <= n; t += 4)
+      screen_row<4>(row, n_blocks, scales, x + t, estimates + t * stride + r, deviations + t * stride + r, stride);
+    for (; t + 2 <= n; t += 2)
+      screen_row<2>(row, n_blocks, scales, x + t, estimates + t * stride + r, deviations + t * stride + r, stride);
+    for (; t < n; t++)
+      screen_row<1>(row, n_blocks, scales, x + t, estimates + t * stride + r, deviations + t * stride + r, stride);
   }
 }
 

@@ -43,6 +43,7 @@ std::string_view name_of(CacheType type);
 // − 1. Trits: five in a byte; rows are whole numbers of units, of which the last may stand for fewer than five blocks.
 enum class TernaryType { kCodes, kTrits };
 inline constexpr size_t kCodeUnit = 160, kTritUnit = 128;  // bytes of five blocks as codes and as trits
+inline constexpr size_t kMaxTritCols = 16384;              // of a row that is computed with as it is
 
 // A run of rows of a ternary matrix.
 struct TernaryRows {
@@ -114,8 +115,9 @@ struct Kernels {
   // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Of codes.
   void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
-  // The same for one token, of trits; nullptr where expanding them to codes, once for all tokens, is better.
-  void (*trits_by_vector)(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out);
+  // The same, of trits in rows of at most kMaxTritCols; nullptr where expanding them to codes, once for all tokens, is
+  // better.
+  void (*trit_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
   // Five trits in a byte → 2-bit codes of I2_S: each unit of 128 bytes gives 160. The bytes of a unit are four rows of
   // 32, and so are the first four of its five blocks of codes: byte p of row i is the block's byte p as a number of
@@ -158,9 +160,10 @@ struct Kernels {
   // out (n_heads, head_dim) = sums / totals
   void (*divide_attention)(const Attention& sum, size_t n_heads, size_t head_dim, float* out);
 
-  // For rows of a split type, from their upper plane alone: estimates[r] ≈ Σᵢ w.rows[r][i] · x[i], and the standard
-  // deviation of the error for lower bits that are independent of x.
-  void (*screen_rows)(const FloatRows& w, const Screen& x, float* estimates, float* deviations);
+  // For rows of a split type, from their upper plane alone, and n vectors: estimates[t · stride + r] ≈ Σᵢ w.rows[r][i]
+  // · xₜ[i], and the standard deviation of the error for lower bits that are independent of x.
+  void (*screen_rows)(const FloatRows& w, const Screen* x, size_t n, float* estimates, float* deviations,
+                      size_t stride);
 
   // out[t · out_stride + r] = Σᵢ w.rows[r][i] · x[t · cols + i], with the weights as decode_row gives them.
   void (*dot_rows)(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride);
