@@ -97,8 +97,8 @@ stats: ## what the image that serves takes of processor and memory
 	@$(CONTAINER_RUN) stats --no-stream $(NAME)
 
 .PHONY: pin
-pin: ## write the digests of the bases into build/Dockerfile (pulls them)
-	@build/image/pin.sh
+pin: ## write the digests of the bases into build/Dockerfile, as their registry tells them
+	@python3 build/image/pin.py
 
 .PHONY: sbom
 sbom: setup-sbom ## what IMAGE consists of: build/out/sbom.cdx.json (CycloneDX)

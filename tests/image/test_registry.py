@@ -11,8 +11,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,7 @@ from function.settings import ROOT
 from tests.image.container import CONTAINER, output
 from tests.processes import eventually
 
-PIN = ROOT / "build" / "image" / "pin.sh"
+PIN = ROOT / "build" / "image" / "pin.py"
 DEPLOY = ROOT / "infra" / "deploy.py"
 ACCOUNT, REGION = "123456789012", "eu-west-1"
 ECR = f"{ACCOUNT}.dkr.ecr.{REGION}.amazonaws.com"
@@ -100,7 +102,7 @@ def make(folder: Path, name: str, content: str) -> None:
 
 
 def pin(dockerfile: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([PIN, dockerfile], capture_output=True, text=True, check=False)
+    return subprocess.run([sys.executable, PIN, dockerfile], capture_output=True, text=True, check=False)
 
 
 def test_the_bases_are_pinned_and_pinned_anew(registry: Registry, image: str, tmp_path: Path) -> None:
@@ -123,14 +125,55 @@ def test_the_bases_are_pinned_and_pinned_anew(registry: Registry, image: str, tm
     output("rmi", "--force", f"{image}-built", pinned)
 
 
-def test_a_base_that_cannot_be_pulled_changes_nothing(registry: Registry, tmp_path: Path) -> None:
+def test_a_base_that_is_not_there_changes_nothing(registry: Registry, tmp_path: Path) -> None:
     dockerfile = tmp_path / "Dockerfile"
     text = f"ARG BUILDER_IMAGE=127.0.0.1:{registry.port}/library/none:stable\nFROM ${{BUILDER_IMAGE}}\n"
     dockerfile.write_text(text)
     done = pin(dockerfile)
     assert done.returncode == 1
-    assert f"127.0.0.1:{registry.port}/library/none:stable cannot be pulled" in done.stderr
+    assert (
+        f"127.0.0.1:{registry.port}/library/none:stable cannot be looked up: HTTP Error 404: Not Found" in done.stderr
+    )
     assert dockerfile.read_text() == text
+
+
+def test_a_registry_that_hands_out_tokens(tmp_path: Path) -> None:
+    """As Docker Hub does, to everybody."""
+    digest = f"sha256:{'5a' * 32}"
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            host = self.headers["host"]
+            if self.path == "/token?service=registry&scope=repository%3Alibrary%2Fbase%3Apull":
+                self._answer(200, {}, b'{"token": "for-you"}')
+            elif self.headers["authorization"] == "Bearer for-you" and self.path == "/v2/library/base/manifests/stable":
+                self._answer(200, {"docker-content-digest": digest}, b"")
+            else:
+                scope = 'service="registry",scope="repository:library/base:pull"'
+                self._answer(401, {"www-authenticate": f'Bearer realm="http://{host}/token",{scope}'}, b"")
+
+        do_HEAD = do_GET  # noqa: N815
+
+        def _answer(self, status: int, headers: dict[str, str], body: bytes) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                self.send_header(name, value)
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *arguments: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    base = f"127.0.0.1:{server.server_port}/library/base:stable"
+    dockerfile = tmp_path / "Dockerfile"
+    dockerfile.write_text(f"ARG PYTHON_IMAGE={base}\n")
+    done = pin(dockerfile)
+    server.shutdown()
+    server.server_close()
+    assert done.returncode == 0, done.stderr
+    assert dockerfile.read_text() == f"ARG PYTHON_IMAGE={base}@{digest}\n"
 
 
 def test_the_project_s_dockerfile_has_what_is_pinned() -> None:
