@@ -173,6 +173,10 @@ batch-estimate: cli ## what computing FILE, a JSONL of prompts, will cost (MODEL
 	    $(if $(MEMORY),--memory "$(MEMORY)") $(if $(ITEMS),--items "$(ITEMS)") $(if $(CONCURRENCY),--concurrency "$(CONCURRENCY)") \
 	    $(if $(COLD_START_S),--cold-start-s "$(COLD_START_S)")
 
+.PHONY: bench
+bench: cli setup-bench ## measure the engine with a full-size random model (or MODEL): tables, and a plot in build/out/bench (half an hour)
+	@$(OUT)/venv-bench/bin/python build/bench/bench.py $(if $(MODEL),--model $(MODEL)) --threads $(JOBS) --rounds $(or $(ROUNDS),3)
+
 .PHONY: clean
 clean: ## remove build/out, .venv and caches
 	rm -rf $(OUT) .venv .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -188,7 +192,7 @@ lock: setup-test ## resolve requirements/*.in again into hash-locked requirement
 	    --custom-compile-command 'make lock' "requirements/$$1.in" --output-file "requirements/$$1.txt" "$${@:2}"; }; \
 	  compile dev; \
 	  for group in chat function hub model torch; do compile $$group --constraint requirements/dev.txt; done; \
-	  for group in infra sam sbom; do compile $$group; done; \
+	  for group in bench infra sam sbom; do compile $$group; done; \
 	  compile test-files --no-deps
 
 .PHONY: demo-model
@@ -203,7 +207,7 @@ golden: setup-torch ## compute the golden logits of tests/golden with transforme
 train-smoke: setup-torch ## train the demo model's script for a minute on a small text (installs torch)
 	$(TORCH_VENV)/bin/python build/model/train_demo.py --smoke
 
-.PHONY: setup-run setup-hub setup-test setup-image setup-chat setup-torch setup-infra setup-sbom setup-sam
+.PHONY: setup-run setup-hub setup-test setup-image setup-chat setup-torch setup-bench setup-infra setup-sbom setup-sam
 setup-run:
 	@build/setup/setup.sh run
 setup-hub:
@@ -215,7 +219,7 @@ setup-chat:
 setup-image:
 	@build/setup/setup.sh image
 # Tools with dependencies that would disagree with the function's, each in a virtual environment of its own.
-setup-infra setup-sbom setup-sam: setup-%: setup-test
+setup-bench setup-infra setup-sbom setup-sam: setup-%: setup-test
 	@[ -x $(OUT)/venv-$*/bin/python ] || $(BIN)/python -m venv --without-pip $(OUT)/venv-$*
 	@cmp -s requirements/$*.txt $(OUT)/venv-$*/$*.txt || { \
 	    $(BIN)/uv pip install --quiet --python $(OUT)/venv-$* --require-hashes --only-binary :all: -r requirements/$*.txt; \
