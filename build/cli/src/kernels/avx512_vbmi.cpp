@@ -17,6 +17,7 @@ namespace avx512_vbmi {
 
 constexpr size_t kUnitBlocks = kCodeUnit / 32;
 constexpr size_t kUnitCols = kUnitBlocks * kTernaryBlock;
+constexpr size_t kTileRows = 4;  // that several tokens' pass does
 constexpr size_t kRows = 2;      // that one token's pass reads side by side
 constexpr size_t kAhead = 8192;  // bytes that it asks for ahead of them, in the next rows
 
@@ -137,23 +138,27 @@ inline void rows_by_tokens(const TernaryRows& w, size_t first, const int8_t* lai
   for (int r = 0; r < R; r++)
     for (int t = 0; t < N; t++) acc[r][t] = _mm512_setzero_si512();
   for (size_t half = 0; half < 2 * units; half++) {
-    __m512i codes[R][5];
+    __m512i four[R], fifth[R];
     for (int r = 0; r < R; r++) {
       const uint8_t* p = data + static_cast<size_t>(r) * stride + half * 64;
       _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
-      const __m512i trits = load512(p), four = code_table[trits];
-      codes[r][0] = _mm512_and_si512(_mm512_srli_epi16(four, 6), mask);
-      codes[r][1] = _mm512_and_si512(_mm512_srli_epi16(four, 4), mask);
-      codes[r][2] = _mm512_and_si512(_mm512_srli_epi16(four, 2), mask);
-      codes[r][3] = _mm512_and_si512(four, mask);
-      codes[r][4] = fifth_table[trits];
+      const __m512i trits = load512(p);
+      four[r] = code_table[trits];
+      fifth[r] = fifth_table[trits];
     }
-    for (int c = 0; c < 5; c++)
+    const auto add = [&](auto&& codes_of, size_t c) {
+      __m512i codes[R];
+      for (int r = 0; r < R; r++) codes[r] = codes_of(r);
       for (int t = 0; t < N; t++) {
-        const __m512i a =
-            load512(laid + (static_cast<size_t>(t) * units * 10 + half * 5 + static_cast<size_t>(c)) * 64);
-        for (int r = 0; r < R; r++) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], codes[r][c], a);
+        const __m512i a = load512(laid + (static_cast<size_t>(t) * units * 10 + half * 5 + c) * 64);
+        for (int r = 0; r < R; r++) acc[r][t] = _mm512_dpbusd_epi32(acc[r][t], codes[r], a);
       }
+    };
+    add([&](int r) { return _mm512_and_si512(_mm512_srli_epi16(four[r], 6), mask); }, 0);
+    add([&](int r) { return _mm512_and_si512(_mm512_srli_epi16(four[r], 4), mask); }, 1);
+    add([&](int r) { return _mm512_and_si512(_mm512_srli_epi16(four[r], 2), mask); }, 2);
+    add([&](int r) { return _mm512_and_si512(four[r], mask); }, 3);
+    add([&](int r) { return fifth[r]; }, 4);
   }
   for (int r = 0; r < R; r++)
     for (int t = 0; t < N; t++)  // codes are weights + 1
@@ -164,7 +169,7 @@ inline void rows_by_tokens(const TernaryRows& w, size_t first, const int8_t* lai
 template <int N>
 inline void by_tokens(const TernaryRows& w, const int8_t* laid, const int32_t* sums, int32_t* out, size_t out_stride) {
   size_t r = 0;
-  for (; r + kRows <= w.rows; r += kRows) rows_by_tokens<kRows, N>(w, r, laid, sums, out, out_stride);
+  for (; r + kTileRows <= w.rows; r += kTileRows) rows_by_tokens<kTileRows, N>(w, r, laid, sums, out, out_stride);
   for (; r < w.rows; r++) rows_by_tokens<1, N>(w, r, laid, sums, out, out_stride);
 }
 
