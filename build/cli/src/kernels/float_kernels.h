@@ -303,6 +303,8 @@ inline void dot_group(const FloatRows& w, size_t first, const float* x, float* o
   for (int r = 0; r < R; r++) acc[r] = zero();
   for (size_t i = 0; i < w.cols; i += kLanes) {
     const F32x16 v = load(x + i);
+    if (R > 1)  // the next rows; several streams, each short, are not foreseen by the processor
+      for (size_t r = 0; r < R; r++) __builtin_prefetch(data + (r + R) * stride + i * stride / w.cols, 0, 3);
     for (int r = 0; r < R; r++)
       acc[r] = fma(load_weights<type>(data + static_cast<size_t>(r) * stride, low + static_cast<size_t>(r) * low_stride,
                                       w.cols, i),
