@@ -112,6 +112,7 @@ def test_the_function(stacks: dict[str, dict[str, str]]) -> None:
         "MODEL_S3_URI": f"s3://{bucket}/{KEY}",
         "INVOKE_MODE": "BUFFERED",
         "LOG_LEVEL": "INFO",
+        "SERVE_PAGE": "false",
         "API_KEY_ARN": "",
         "PROMPT_CACHE_S3_URI": "",
         "BATCH_RESULTS_S3_URI": f"s3://{stacks['batch']['BucketName']}/results",
