@@ -38,7 +38,7 @@ size_t KvCache::bytes_per_position(const Config& config, CacheType type) {
 }
 
 size_t KvCache::bytes(const Config& config, size_t n_ctx, CacheType type) {
-  return (n_ctx + kChunkPositions - 1) / kChunkPositions * kChunkPositions * bytes_per_position(config, type);
+  return round_up(n_ctx, kChunkPositions) * bytes_per_position(config, type);
 }
 
 }  // namespace bitnet

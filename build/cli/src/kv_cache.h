@@ -9,6 +9,7 @@
 
 #include "kernels/kernels.h"
 #include "model.h"
+#include "rounding.h"
 
 namespace bitnet {
 
@@ -43,7 +44,7 @@ class KvCache {
       for (std::byte* part = data_ + chunk * chunk_bytes_; part < data_ + (chunk + 1) * chunk_bytes_;
            part += part_bytes_) {
         const bool is_keys = (part - data_) / static_cast<std::ptrdiff_t>(part_bytes_) % 2 == 0;
-        const size_t whole = (n + kPositionsPerBlock - 1) / kPositionsPerBlock * kPositionsPerBlock;
+        const size_t whole = round_up(n, kPositionsPerBlock);
         f(std::span(part, (is_keys ? whole : n) * number_bytes));
         if (n_scales > 0) f(std::span(part + kChunkPositions * number_bytes, n_scales * sizeof(float)));
       }

@@ -10,6 +10,7 @@
 #include "elementary.h"
 #include "error.h"
 #include "pack.h"
+#include "rounding.h"
 
 namespace bitnet {
 namespace {
@@ -51,12 +52,8 @@ const float* vector(const GgufFile& file, const std::string& name, size_t n) {
 
 constexpr size_t kMatricesPerLayer = 7;
 
-bool keeps_trits(const TernaryMatrix& m, const Kernels& kernels) {
-  return kernels.trit_matmul != nullptr && m.cols <= kMaxTritCols;
-}
-
 size_t settled_bytes_of(const TernaryMatrix& m, const Kernels& kernels) {
-  return keeps_trits(m, kernels) ? m.bytes() : m.rows * m.cols / 4;
+  return computes_from_trits(kernels, m.cols) ? m.bytes() : m.rows * m.cols / 4;
 }
 
 bool is_split(const FloatRows& w) { return w.type == RowType::kSplit8 || w.type == RowType::kSplit6; }
@@ -259,11 +256,11 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels) {
 
 void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
   constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
-  const bool keep = keeps_trits(m, kernels);
+  const bool keep = computes_from_trits(kernels, m.cols);
   TernaryMatrix there = m;
   there.type = keep ? TernaryType::kTrits : TernaryType::kCodes;
   there.data = settled_ + n_settled_;
-  pool.for_each((m.rows + kRowsPerPiece - 1) / kRowsPerPiece, [&](size_t piece, size_t) {
+  pool.for_each(ceil_div(m.rows, kRowsPerPiece), [&](size_t piece, size_t) {
     const size_t first = piece * kRowsPerPiece;
     const TernaryRows rows = m.all().slice(first, std::min(kRowsPerPiece, m.rows - first));
     uint8_t* to = settled_ + n_settled_ + first * there.all().row_bytes();
@@ -280,7 +277,7 @@ void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& ke
 void Model::settle_output(size_t n_rows, ThreadPool& pool) {
   constexpr size_t kRowsPerPiece = 128;
   const size_t bytes = row_bytes(output_.type, output_.cols);
-  pool.for_each((n_rows + kRowsPerPiece - 1) / kRowsPerPiece, [&](size_t piece, size_t) {
+  pool.for_each(ceil_div(n_rows, kRowsPerPiece), [&](size_t piece, size_t) {
     const size_t first = piece * kRowsPerPiece;
     const FloatRows rows = output_.slice(next_row_ + first, std::min(kRowsPerPiece, n_rows - first));
     std::memcpy(settled_ + n_settled_ + first * bytes, rows.data, rows.rows * bytes);

@@ -54,6 +54,11 @@ struct Layer {
   TernaryMatrix down;          // (dim, ffn_dim)
 };
 
+// Whether the kernels multiply rows of `cols` trits as they are.
+inline bool computes_from_trits(const Kernels& kernels, size_t cols) {
+  return kernels.trit_matmul != nullptr && cols <= kMaxTritCols;
+}
+
 class Model {
  public:
   // `file` must outlive the model. Error(kUnsupportedModel, kInvalidModel) for what the engine cannot compute.

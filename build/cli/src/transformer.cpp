@@ -7,6 +7,7 @@
 #include <limits>
 
 #include "elementary.h"
+#include "rounding.h"
 
 namespace bitnet {
 namespace {
@@ -26,9 +27,6 @@ constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather
 constexpr float kScreenDeviations = 8.0f;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
-
-size_t ceil_div(size_t a, size_t b) { return (a + b - 1) / b; }
-size_t round_up(size_t a, size_t unit) { return ceil_div(a, unit) * unit; }
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
@@ -271,7 +269,7 @@ void Transformer::by_multiplication(const Piece& piece, size_t thread) {
   const TernaryRows rows = w.all().slice(piece.first_row, piece.n_rows);
   if (rows.type == TernaryType::kCodes)
     kernels_.ternary_matmul(rows, activations, sums, kRowsPerPiece);
-  else if (kernels_.trit_matmul && rows.cols <= kMaxTritCols)
+  else if (computes_from_trits(kernels_, rows.cols))
     kernels_.trit_matmul(rows, activations, sums, kRowsPerPiece);
   else
     by_expansion(rows, activations, sums, codes_[thread]);
