@@ -17,9 +17,9 @@ namespace avx512_vbmi {
 
 constexpr size_t kUnitBlocks = kCodeUnit / 32;
 constexpr size_t kUnitCols = kUnitBlocks * kTernaryBlock;
-constexpr size_t kTileRows = 4;  // that several tokens' pass does
-constexpr size_t kRows = 2;      // that one token's pass reads side by side
-constexpr size_t kAhead = 8192;  // bytes that it asks for ahead of them, in the next rows
+constexpr size_t kTileRows = 4;             // that several tokens' pass does
+constexpr size_t kAhead = 8192;             // bytes that are asked for ahead of those at hand, in the next rows
+constexpr int32_t kInverse81 = 2014922929;  // modulo 2³²: divides multiples of 81
 
 // Byte of trits → byte of I2_S that its first four stand for, and code of the fifth.
 struct alignas(64) Tables {
@@ -65,53 +65,6 @@ void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
   }
 }
 
-// R rows by one token. `last`: the activations of the last unit, with zeros for the blocks that it does not have. Codes
-// stay where they are in their bytes: the sums with those of bits 2, 4 and 6 are 4, 16 and 64 times too large.
-template <int R>
-inline void rows(const TernaryRows& w, size_t first, const int8_t* x, const int8_t* last, int32_t sum, int32_t* out) {
-  const ByteTable code_table(kTables.codes), fifth_table(kTables.fifths);
-  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
-                            _mm512_set1_epi8(0x03)};
-  const size_t stride = w.row_bytes(), units = stride / kTritUnit;
-  const uint8_t* data = w.data + first * stride;
-  __m512i acc[R][4];
-  for (int r = 0; r < R; r++)
-    for (int c = 0; c < 4; c++) acc[r][c] = _mm512_setzero_si512();
-  for (size_t u = 0; u < units; u++) {
-    const int8_t* activations = u + 1 < units ? x + u * kUnitCols : last;
-    for (size_t half = 0; half < 2; half++) {
-      const int8_t* two_blocks = activations + half * 2 * kTernaryBlock;
-      __m512i a[5];
-      for (size_t c = 0; c < 4; c++)
-        a[c] = _mm512_inserti64x4(_mm512_castsi256_si512(load256(two_blocks + c * 32)),
-                                  load256(two_blocks + kTernaryBlock + c * 32), 1);
-      a[4] = load512(activations + 4 * kTernaryBlock + half * 64);
-      for (int r = 0; r < R; r++) {
-        const uint8_t* p = data + static_cast<size_t>(r) * stride + u * kTritUnit + half * 64;
-        _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
-        const __m512i trits = load512(p), codes = code_table[trits];
-        for (int c = 0; c < 4; c++) acc[r][c] = _mm512_dpbusd_epi32(acc[r][c], _mm512_and_si512(codes, masks[c]), a[c]);
-        acc[r][3] = _mm512_dpbusd_epi32(acc[r][3], fifth_table[trits], a[4]);
-      }
-    }
-  }
-  for (int r = 0; r < R; r++) {
-    const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(acc[r][0], 6), _mm512_srai_epi32(acc[r][1], 4));
-    const __m512i low = _mm512_add_epi32(_mm512_srai_epi32(acc[r][2], 2), acc[r][3]);
-    // Codes are weights + 1.
-    out[first + static_cast<size_t>(r)] = _mm512_reduce_add_epi32(_mm512_add_epi32(high, low)) - sum;
-  }
-}
-
-void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
-  const size_t whole = (w.row_bytes() / kTritUnit - 1) * kUnitCols;
-  alignas(64) int8_t last[kUnitCols];
-  for (size_t i = 0; i < kUnitCols; i++) last[i] = whole + i < w.cols ? x[whole + i] : int8_t{0};
-  size_t r = 0;
-  for (; r + kRows <= w.rows; r += kRows) rows<kRows>(w, r, x, last, sum, out);
-  for (; r < w.rows; r++) rows<1>(w, r, x, last, sum, out);
-}
-
 // A token's activations in the order in which trits are used: for each half of a unit, those of codes 0 to 3 of its two
 // blocks side by side, then those of the fifth block. Zeros for the blocks that the last unit does not have.
 void lay_out(const int8_t* x, size_t cols, size_t units, int8_t* out) {
@@ -124,6 +77,55 @@ void lay_out(const int8_t* x, size_t cols, size_t units, int8_t* out) {
           const __m256i v = from < cols ? load256(x + from) : _mm256_setzero_si256();
           _mm256_store_si256(reinterpret_cast<__m256i*>(out + side * 32), v);
         }
+}
+
+// One row by one token, laid out; its sums lie in 16 lanes. v = 81 fifth + q; v − q is dotted as it is, 81 times too
+// large. Codes stay where they are in their bytes: the sums with those of bits 2, 4 and 6 are 4, 16 and 64 times too
+// large.
+inline __m512i row_by_token(const uint8_t* row, size_t halves, const int8_t* laid) {
+  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
+                            _mm512_set1_epi8(0x03)};
+  const __m512i table_low = load512(kTables.codes), table_high = load512(kTables.codes + 64);
+  const __m512i once = _mm512_set1_epi8(81), twice = _mm512_set1_epi8(static_cast<char>(162));
+  __m512i acc[5];
+  for (__m512i& a : acc) a = _mm512_setzero_si512();
+  for (size_t half = 0; half < halves; half++, row += 64, laid += 5 * 64) {
+    _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T0);
+    const __m512i v = load512(row);
+    // Below 81, the difference that does not wrap around is the smallest.
+    const __m512i q = _mm512_min_epu8(_mm512_min_epu8(v, _mm512_sub_epi8(v, once)), _mm512_sub_epi8(v, twice));
+    const __m512i codes = _mm512_permutex2var_epi8(table_low, q, table_high);
+    for (int c = 0; c < 4; c++)
+      acc[c] = _mm512_dpbusd_epi32(acc[c], _mm512_and_si512(codes, masks[c]), load512(laid + c * 64));
+    acc[4] = _mm512_dpbusd_epi32(acc[4], _mm512_sub_epi8(v, q), load512(laid + 4 * 64));
+  }
+  const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(acc[0], 6), _mm512_srai_epi32(acc[1], 4));
+  const __m512i low = _mm512_add_epi32(_mm512_srai_epi32(acc[2], 2), acc[3]);
+  const __m512i fifth = _mm512_mullo_epi32(acc[4], _mm512_set1_epi32(kInverse81));
+  return _mm512_add_epi32(_mm512_add_epi32(high, low), fifth);
+}
+
+// Sums of four times 16 lanes.
+inline __m128i sum_lanes(const __m512i (&a)[4]) {
+  const __m512i t01 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
+  const __m512i t23 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
+  const __m512i u = _mm512_add_epi32(_mm512_unpacklo_epi64(t01, t23), _mm512_unpackhi_epi64(t01, t23));
+  const __m256i v = _mm256_add_epi32(_mm512_castsi512_si256(u), _mm512_extracti64x4_epi64(u, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+}
+
+// Row after row, as they lie in memory: several side by side would be several streams, and the processor fetches one
+// long stream ahead better than many short ones.
+void by_one_token(const TernaryRows& w, const int8_t* laid, int32_t sum, int32_t* out) {
+  const size_t stride = w.row_bytes(), halves = stride / 64;
+  size_t r = 0;
+  for (; r + 4 <= w.rows; r += 4) {
+    __m512i lanes[4];
+    for (size_t i = 0; i < 4; i++) lanes[i] = row_by_token(w.data + (r + i) * stride, halves, laid);
+    // Codes are weights + 1.
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + r), _mm_sub_epi32(sum_lanes(lanes), _mm_set1_epi32(sum)));
+  }
+  for (; r < w.rows; r++) out[r] = _mm512_reduce_add_epi32(row_by_token(w.data + r * stride, halves, laid)) - sum;
 }
 
 // R rows by N tokens, laid out one after another.
@@ -174,7 +176,6 @@ inline void by_tokens(const TernaryRows& w, const int8_t* laid, const int32_t* s
 }
 
 void trit_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
-  if (x.n_tokens == 1) return by_one_token(w, x.values, x.sums[0], out);
   constexpr size_t kTokens = 4;  // whose sums the registers hold
   const size_t units = w.row_bytes() / kTritUnit, laid_bytes = units * kUnitCols;
   alignas(64) int8_t laid[kTokens * (kMaxTritCols + kUnitCols)];
@@ -185,7 +186,7 @@ void trit_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_
     if (n == 4) by_tokens<4>(w, laid, x.sums + t, to, out_stride);
     if (n == 3) by_tokens<3>(w, laid, x.sums + t, to, out_stride);
     if (n == 2) by_tokens<2>(w, laid, x.sums + t, to, out_stride);
-    if (n == 1) by_tokens<1>(w, laid, x.sums + t, to, out_stride);
+    if (n == 1) by_one_token(w, laid, x.sums[t], to);
   }
 }
 
