@@ -85,7 +85,7 @@ class SideBySide {
     std::vector<BatchToken> batch;
     for (const auto& cache : caches_) batch.push_back({token, static_cast<uint32_t>(position), cache.get(), true});
     engine_.transformer.forward(batch);
-    for (size_t i = 0; i < batch.size(); i++) engine_.transformer.best(i, kTopK);
+    for (size_t i = 0; i < batch.size(); i++) engine_.transformer.output().best(i, kTopK);
   }
 
  private:
@@ -130,7 +130,7 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
       session.truncate(options.depth);
       const Clock::time_point start = Clock::now();
       session.evaluate(all.subspan(options.depth, options.prompt_tokens));
-      engine.transformer.best(0, kTopK);
+      engine.transformer.output().best(0, kTopK);
       prefill.push_back(static_cast<double>(options.prompt_tokens) / seconds_since(start));
     }
     if (options.predict_tokens > 0) {

@@ -357,7 +357,16 @@ GgufFile::GgufFile(const std::string& path) : path_(path), data_(map(path)) { re
 GgufFile::~GgufFile() = default;
 GgufFile::GgufFile(GgufFile&&) noexcept = default;
 
-void GgufFile::Unmap::operator()(const std::byte* data) const { ::munmap(const_cast<std::byte*>(data), size); }
+void GgufFile::Unmap::operator()(const std::byte* data) const {
+  ::munmap(const_cast<std::byte*>(data), size);
+  ::close(fd);
+}
+
+void GgufFile::read(const void* at, std::span<uint8_t> out) const {
+  const auto offset = static_cast<const std::byte*>(at) - data_.get();
+  const ssize_t n = ::pread(data_.get_deleter().fd, out.data(), out.size(), offset);
+  if (n != static_cast<ssize_t>(out.size())) std::memcpy(out.data(), at, out.size());
+}
 
 std::unique_ptr<const std::byte, GgufFile::Unmap> GgufFile::map(const std::string& path) {
   const auto fail = [&path](ExitCode code, const std::string& message) { throw Error(code, path + ": " + message); };
@@ -368,7 +377,7 @@ std::unique_ptr<const std::byte, GgufFile::Unmap> GgufFile::map(const std::strin
   const int fd = ::open(path.c_str(), O_RDONLY | O_CLOEXEC | O_NONBLOCK);
   if (fd < 0) fail_errno(errno);
   const auto close = [](const int* open_fd) { ::close(*open_fd); };
-  const std::unique_ptr<const int, decltype(close)> closer(&fd, close);
+  std::unique_ptr<const int, decltype(close)> closer(&fd, close);
 
   struct stat status {};
   if (::fstat(fd, &status) != 0) fail_errno(errno);
@@ -378,7 +387,8 @@ std::unique_ptr<const std::byte, GgufFile::Unmap> GgufFile::map(const std::strin
   const auto size = static_cast<size_t>(status.st_size);
   void* data = ::mmap(nullptr, size, PROT_READ, MAP_PRIVATE, fd, 0);
   if (data == MAP_FAILED) fail_errno(errno);
-  return {static_cast<const std::byte*>(data), Unmap{size}};
+  closer.release();
+  return {static_cast<const std::byte*>(data), Unmap{size, fd}};
 }
 
 void GgufFile::read() {

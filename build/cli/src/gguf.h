@@ -57,6 +57,10 @@ class GgufFile {
   const std::string& path() const { return path_; }
   uint64_t size() const { return data_.get_deleter().size; }  // bytes
 
+  // Copies what `at`, a place in a tensor's bytes, holds: by reading the file, so that no pages of the map are taken
+  // up.
+  void read(const void* at, std::span<uint8_t> out) const;
+
   // A scalar key; empty when it is absent, Error(kInvalidModel) naming the key when it has another type.
   std::optional<uint64_t> find_uint(std::string_view key) const;  // any integer type that is not negative
   std::optional<double> find_float(std::string_view key) const;   // f32, f64
@@ -91,6 +95,7 @@ class GgufFile {
   struct Value;  // type and where its bytes are
   struct Unmap {
     size_t size;
+    int fd;
     void operator()(const std::byte* data) const;
   };
 

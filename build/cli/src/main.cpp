@@ -295,7 +295,7 @@ struct Logits {
       for (size_t i = done; i < ids.size() && batch.size() < engine.transformer.max_batch(); i++)
         batch.push_back({ids[i], static_cast<uint32_t>(i), &cache, true});
       engine.transformer.forward(batch);
-      engine.transformer.logits(logits.data());
+      engine.transformer.output().logits(logits.data());
       file.write(reinterpret_cast<const char*>(logits.data()),
                  static_cast<std::streamsize>(batch.size() * n_vocab * sizeof(float)));
       done += batch.size();

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <chrono>
 #include <cmath>
 #include <cstring>
 
@@ -52,11 +53,15 @@ const float* vector(const GgufFile& file, const std::string& name, size_t n) {
 
 constexpr size_t kMatricesPerLayer = 7;
 
-size_t settled_bytes_of(const TernaryMatrix& m, const Kernels& kernels) {
-  return computes_from_trits(kernels, m.cols) ? m.bytes() : m.rows * m.cols / 4;
+constexpr size_t kCacheLine = 64;
+
+TernaryType settled_type(const TernaryMatrix& m, const Kernels& kernels) {
+  return computes_from_trits(kernels, m.cols) ? m.type : TernaryType::kCodes;
 }
 
-bool is_split(const FloatRows& w) { return w.type == RowType::kSplit8 || w.type == RowType::kSplit6; }
+size_t settled_bytes_of(const TernaryMatrix& m, const Kernels& kernels) {
+  return TernaryMatrix{settled_type(m, kernels), nullptr, m.rows, m.cols, m.scale}.bytes();
+}
 
 TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor* tensor = find(file, name, {cols, rows});
@@ -168,7 +173,7 @@ Config read_config(const GgufFile& file) {
 
 }  // namespace
 
-Model::Model(const GgufFile& file) : config_(read_config(file)) {
+Model::Model(const GgufFile& file) : config_(read_config(file)), file_(file) {
   const Config& c = config_;
   token_embedding_ = matrix(file, "token_embd.weight", c.n_vocab, c.dim);
   output_ = file.find_tensor("output.weight") ? matrix(file, "output.weight", c.n_vocab, c.dim) : token_embedding_;
@@ -212,6 +217,8 @@ size_t Model::n_params() const {
   return c.n_layers * (attention + ffn + norms) + c.dim + embeddings;
 }
 
+size_t Model::n_matrices() const { return layers_.size() * kMatricesPerLayer; }
+
 TernaryMatrix& Model::ternary_matrix(size_t i) {
   Layer& l = layers_[i / kMatricesPerLayer];
   TernaryMatrix* const matrices[kMatricesPerLayer] = {&l.q, &l.k, &l.v, &l.attn_output, &l.gate, &l.up, &l.down};
@@ -229,90 +236,85 @@ Model::~Model() {
 }
 
 bool Model::settle(ThreadPool& pool, const Kernels& kernels) {
-  constexpr size_t kBytesPerCall = size_t{16} << 20;  // some milliseconds
-  if (settling_ == Settling::kNotBegun) {
+  constexpr auto kTime = std::chrono::milliseconds(5);
+  if (!settling_) {
+    settling_ = true;
     settled_size_ = settled_bytes(kernels);
-    void* memory = settled_size_ == 0 ? MAP_FAILED
-                                      : mmap(nullptr, settled_size_, PROT_READ | PROT_WRITE,
-                                             MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    settling_ = memory == MAP_FAILED ? Settling::kDone : Settling::kTernary;
-    if (memory != MAP_FAILED) {
+    void* memory =
+        mmap(nullptr, settled_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+    if (memory == MAP_FAILED) {
+      next_row_ = output_.rows;
+      next_matrix_ = n_matrices();
+    } else {
       settled_ = static_cast<uint8_t*>(memory);
       madvise(settled_, settled_size_, MADV_HUGEPAGE);
+      sketch_.emplace(output_, settled_);
+      n_settled_ = round_up(OutputSketch::bytes(output_), kCacheLine);
     }
   }
-  const size_t end = n_settled_ + kBytesPerCall;
-  for (; settling_ == Settling::kTernary && n_settled_ < end; next_matrix_++) {
-    if (next_matrix_ == config_.n_layers * kMatricesPerLayer)
-      settling_ = is_split(output_) ? Settling::kOutput : Settling::kDone;
-    else if (TernaryMatrix& m = ternary_matrix(next_matrix_); m.type == TernaryType::kTrits)
-      settle_ternary(m, pool, kernels);
+  const auto start = std::chrono::steady_clock::now();
+  while (std::chrono::steady_clock::now() - start < kTime) {
+    if (next_row_ < output_.rows)
+      settle_output(pool, kernels);
+    else if (next_matrix_ < n_matrices())
+      settle_ternary(ternary_matrix(next_matrix_++), pool, kernels);
+    else
+      return false;
   }
-  if (settling_ == Settling::kOutput && n_settled_ < end)
-    settle_output(std::min(output_.rows - next_row_, (end - n_settled_) / row_bytes(output_.type, output_.cols) + 1),
-                  pool);
-  return settling_ != Settling::kDone;
+  return true;
 }
 
 void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
   constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
-  const bool keep = computes_from_trits(kernels, m.cols);
   TernaryMatrix there = m;
-  there.type = keep ? TernaryType::kTrits : TernaryType::kCodes;
+  there.type = settled_type(m, kernels);
   there.data = settled_ + n_settled_;
   pool.for_each(ceil_div(m.rows, kRowsPerPiece), [&](size_t piece, size_t) {
     const size_t first = piece * kRowsPerPiece;
     const TernaryRows rows = m.all().slice(first, std::min(kRowsPerPiece, m.rows - first));
     uint8_t* to = settled_ + n_settled_ + first * there.all().row_bytes();
-    if (keep)
+    if (there.type == m.type)
       std::memcpy(to, rows.data, rows.rows * rows.row_bytes());
     else
       expand_rows(kernels.expand_trits, rows, to);
     give_back(rows.data, rows.rows * rows.row_bytes());
   });
-  n_settled_ += there.bytes();
+  n_settled_ += round_up(there.bytes(), kCacheLine);
   m = there;
 }
 
-void Model::settle_output(size_t n_rows, ThreadPool& pool) {
-  constexpr size_t kRowsPerPiece = 128;
-  const size_t bytes = row_bytes(output_.type, output_.cols);
-  pool.for_each(ceil_div(n_rows, kRowsPerPiece), [&](size_t piece, size_t) {
-    const size_t first = piece * kRowsPerPiece;
-    const FloatRows rows = output_.slice(next_row_ + first, std::min(kRowsPerPiece, n_rows - first));
-    std::memcpy(settled_ + n_settled_ + first * bytes, rows.data, rows.rows * bytes);
-    give_back(rows.data, rows.rows * bytes);
+void Model::settle_output(ThreadPool& pool, const Kernels& kernels) {
+  constexpr size_t kRowsPerCall = 1024, kRowsPerPiece = 16;
+  const size_t first = next_row_, end = std::min(first + kRowsPerCall, output_.rows);
+  pool.for_each(ceil_div(end - first, kRowsPerPiece), [&](size_t piece, size_t) {
+    std::vector<float> work(output_.cols);
+    const size_t begin = first + piece * kRowsPerPiece;
+    for (size_t r = begin; r < std::min(begin + kRowsPerPiece, end); r++)
+      sketch_->add(output_, r, kernels, work.data());
   });
-  n_settled_ += n_rows * bytes;
-  next_row_ += n_rows;
-  if (next_row_ < output_.rows) return;
-  const uint8_t* there = settled_ + n_settled_ - output_.rows * bytes;
-  if (token_embedding_.data == output_.data) token_embedding_.data = there;
-  output_.data = there;
-  settling_ = Settling::kDone;
+  give_back(output_.slice(first, 0).data, (end - first) * row_bytes(output_.type, output_.cols));
+  next_row_ = end;
+  sketched_ = end == output_.rows;
 }
 
 size_t Model::settled_bytes(const Kernels& kernels) const {
-  size_t bytes = is_split(output_) ? output_.rows * row_bytes(output_.type, output_.cols) : 0;
-  for_each_matrix([&](const TernaryMatrix& m) {
-    if (m.type == TernaryType::kTrits) bytes += settled_bytes_of(m, kernels);
-  });
+  size_t bytes = round_up(OutputSketch::bytes(output_), kCacheLine);
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += round_up(settled_bytes_of(m, kernels), kCacheLine); });
   return bytes;
 }
 
 size_t Model::bytes_per_token(const Kernels& kernels) const {
   const size_t norms = config_.dim + config_.n_layers * (2 * config_.dim + config_.q_dim() + config_.ffn_dim);
-  size_t bytes = output_.rows * row_bytes(output_.type, output_.cols) + norms * sizeof(float);
+  const size_t of_sketch_rows = 3 * output_.rows;  // steps, errors, norms
+  size_t bytes = OutputSketch::plane_bytes(output_.rows, output_.cols) + (norms + of_sketch_rows) * sizeof(float);
   for_each_matrix([&](const TernaryMatrix& m) { bytes += settled_bytes_of(m, kernels); });
   return bytes;
 }
 
 size_t Model::memory_bytes(const Kernels& kernels) const {
-  const auto plane_bytes = [](const FloatRows& w) {
-    return w.rows * (row_bytes(w.type, w.cols) + low_row_bytes(w.type, w.cols));
-  };
-  size_t bytes = bytes_per_token(kernels) + output_.rows * low_row_bytes(output_.type, output_.cols);
-  if (output_.data != token_embedding_.data) bytes += plane_bytes(token_embedding_);
+  const auto bytes_of = [](const FloatRows& w) { return w.rows * row_bytes(w.type, w.cols); };
+  size_t bytes = settled_bytes(kernels) + bytes_of(output_);
+  if (output_.data != token_embedding_.data) bytes += bytes_of(token_embedding_);
   return bytes;
 }
 

@@ -1,13 +1,16 @@
-// The model as it lies in the file: configuration and weights. Everything points into the GGUF map; nothing is copied.
+// The model: configuration and weights. Everything points into the GGUF map until it settles.
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
+#include <optional>
+#include <span>
 #include <string>
 #include <vector>
 
 #include "gguf.h"
 #include "kernels/kernels.h"
+#include "output_sketch.h"
 #include "thread_pool.h"
 
 namespace bitnet {
@@ -67,15 +70,19 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
-  // The weights of a packed file begin in the file's small pages, through which memory is read a fifth slower. Each
-  // call moves some megabytes of what a token reads into large pages, ternary weights as codes unless the kernels
-  // compute from trits, and gives the file's pages back; false when all is done. To be called between passes, so that
-  // the first token need not wait for it. Weights stay where they are in other files, and where there is no memory.
+  // The weights begin in the file's small pages, through which memory is read a fifth slower, and the output matrix is
+  // more than a token needs of it. Each call spends some milliseconds on sketching it and on moving the ternary weights
+  // into large pages, trits as codes unless the kernels compute from trits, and gives the file's pages back; false when
+  // all is done. To be called between passes, so that the first token need not wait for it. Where there is no memory,
+  // everything stays as it is.
   bool settle(ThreadPool& pool, const Kernels& kernels);
 
   const Config& config() const { return config_; }
   const FloatRows& token_embedding() const { return token_embedding_; }  // (n_vocab, dim)
-  const FloatRows& output() const { return output_; }        // (n_vocab, dim); the embedding where they are tied
+  const FloatRows& output() const { return output_; }  // (n_vocab, dim); the embedding where they are tied
+  const OutputSketch* output_sketch() const { return sketched_ ? &*sketch_ : nullptr; }  // nullptr: not yet
+  // A row of the output matrix, copied from the file. out: its row_bytes().
+  void read_output_row(size_t row, std::span<uint8_t> out) const { file_.read(output_.slice(row, 1).data, out); }
   const float* output_norm() const { return output_norm_; }  // (dim)
   const std::vector<Layer>& layers() const { return layers_; }
   // Radians per position of each rotated pair, (head_dim / 2); float, as the training code computes them.
@@ -83,28 +90,30 @@ class Model {
 
   size_t n_params() const;
   // Weights read to compute one token (embedding row not counted), once they have settled: ternary weights, norms and
-  // the output matrix, of a split one the upper plane.
+  // the sketch's first plane. What is refined from it comes on top: OutputLayer::bytes_refined().
   size_t bytes_per_token(const Kernels& kernels) const;
   size_t memory_bytes(const Kernels& kernels) const;   // all weights, once they have settled
-  size_t settled_bytes(const Kernels& kernels) const;  // of them, what settle() moves
+  size_t settled_bytes(const Kernels& kernels) const;  // of them, what settle() writes
 
  private:
   Config config_;
+  size_t n_matrices() const;                // ternary
   TernaryMatrix& ternary_matrix(size_t i);  // in the order of use
   template <class F>
   void for_each_matrix(F&& f) const;
   void settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels);
-  void settle_output(size_t n_rows, ThreadPool& pool);
+  void settle_output(ThreadPool& pool, const Kernels& kernels);
 
+  const GgufFile& file_;
   FloatRows token_embedding_, output_;
   const float* output_norm_;
   std::vector<Layer> layers_;
   std::vector<float> rope_frequencies_;
-  enum class Settling { kNotBegun, kTernary, kOutput, kDone };
-  Settling settling_ = Settling::kNotBegun;
+  bool settling_ = false, sketched_ = false;
+  std::optional<OutputSketch> sketch_;       // of the first next_row_ rows until it is whole
   uint8_t* settled_ = nullptr;               // settled_size_ bytes
   size_t settled_size_ = 0, n_settled_ = 0;  // of them, n_settled_ are filled
-  size_t next_matrix_ = 0, next_row_ = 0;    // the ternary matrix, or the row of the output matrix, that is moved next
+  size_t next_row_ = 0, next_matrix_ = 0;    // of the output matrix, and the ternary matrix, that come next
 };
 
 }  // namespace bitnet

@@ -50,7 +50,7 @@ PerplexityResult perplexity(Engine& engine, std::span<const TokenId> tokens) {
         if (scored) targets.push_back(window[i + 1]);
       }
       engine.transformer.forward(batch);
-      engine.transformer.logits(logits.data());
+      engine.transformer.output().logits(logits.data());
       engine.pool.for_each(targets.size(), [&](size_t i, size_t) {
         losses[i] = surprise(std::span(logits).subspan(i * n_vocab, n_vocab), targets[i]);
       });

@@ -271,14 +271,14 @@ void Scheduler::draw_one(Sequence& sequence, size_t which) {
   Sampler& sampler = sequence.sampler();
   const size_t wanted = sampler.prepare(sequence.history());
   const bool needs_all = tells_model || (!forced && wanted == 0);
-  if (needs_all) engine_.transformer.logits(logits_.data(), which);
+  if (needs_all) engine_.transformer.output().logits(logits_.data(), which);
   TokenId token;
   if (forced) {
     token = *forced;
   } else {
     const std::span<const uint64_t> allowed = sequence.allowed();
     std::vector<Candidate> candidates =
-        needs_all ? candidates_of(logits_, allowed) : engine_.transformer.best(which, wanted, allowed);
+        needs_all ? candidates_of(logits_, allowed) : engine_.transformer.output().best(which, wanted, allowed);
     if (candidates.empty()) throw RequestError("invalid_request", "logit_bias", "logit_bias: no token may be drawn");
     token = sampler.sample(std::move(candidates));
   }
@@ -374,7 +374,7 @@ void Scheduler::tell_prompt(Slot& slot, size_t first_output, const std::function
   const std::span<const TokenId> next = sequence.history().subspan(slot.tokens.size() + 1);
   for (size_t i = 0; i < std::min(slot.n_next, next.size()); i++) {
     if (abandoned() || sequence.over()) return;
-    engine_.transformer.logits(logits_.data(), first_output + i);
+    engine_.transformer.output().logits(logits_.data(), first_output + i);
     sequence.add_prompt_probability(log_probability(logits_, next[i], sequence.request().n_probs));
   }
 }

@@ -10,6 +10,7 @@
 #include "kernels/kernels.h"
 #include "kv_cache.h"
 #include "model.h"
+#include "output_layer.h"
 #include "thread_pool.h"
 
 namespace bitnet {
@@ -22,21 +23,6 @@ struct BatchToken {
   bool wants_logits;
 };
 
-// A token and its logit.
-struct Candidate {
-  float logit;
-  int32_t token;
-  bool operator==(const Candidate&) const = default;
-};
-
-// Larger logits first, the lower id first of equals.
-inline bool better(const Candidate& a, const Candidate& b) {
-  return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
-}
-
-// The k largest of all logits (n_vocab), in no order.
-std::vector<Candidate> best_of(std::span<const float> logits, size_t k);
-
 class Transformer {
  public:
   // Model, kernels and pool must outlive the transformer; the model settles from pass to pass. `max_batch` bounds a
@@ -48,13 +34,8 @@ class Transformer {
   // use, and the answer is false.
   bool forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon = {});
 
-  // Of the last batch, for the tokens that wanted logits, in their order: all logits, (n_wanting, n_vocab), …
-  void logits(float* out);
-  void logits(float* out, size_t which);  // … those of one of them, (n_vocab), …
-  // … or the k largest of one of them, best first, with the bits that logits() gives. Of a split output matrix only the
-  // upper plane is read whole; rows that it leaves a chance to are then computed exactly. Where `allowed` is given, a
-  // bit for each token (token t is bit t mod 64 of word t / 64), tokens whose bit is not set do not take part.
-  std::vector<Candidate> best(size_t which, size_t k, std::span<const uint64_t> allowed = {});
+  // Of the last batch: a vector for each token that wanted logits, in their order.
+  OutputLayer& output() { return output_; }
 
   size_t max_batch() const { return max_batch_; }
   static size_t buffer_bytes(const Config& config, size_t max_batch, size_t max_context, size_t n_threads);
@@ -91,7 +72,7 @@ class Transformer {
   void fetch_ahead(const Regions& regions, size_t thread) const;
   Regions attention_inputs(size_t layer) const;
   static Region region(const TernaryMatrix& m);
-  static Region region(const FloatRows& w);
+  Region output_region() const;
   void by_lookup(const Piece& piece, size_t thread);
   void by_multiplication(const Piece& piece, size_t thread);
   void by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums, std::vector<uint8_t>& codes);
@@ -103,12 +84,6 @@ class Transformer {
   Attention attention_at(std::vector<float>& memory, size_t index) const;
   void add_to_residual();
   void norm_outputs(std::span<const BatchToken> batch);
-  void multiply_output(const float* x, size_t n, float* out);
-  bool can_screen() const;
-  Screen prepare_screen(const float* x, size_t place);
-  void screen(size_t which);
-  std::vector<Candidate> screened_best(size_t which, size_t k, std::span<const uint64_t> allowed);
-  void exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first);
   template <class F>
   void for_each_token(F&& f);
 
@@ -131,13 +106,7 @@ class Transformer {
   std::vector<float> attention_;         // (max_batch, q_dim)
   std::vector<float> gate_, up_;         // (max_batch, ffn_dim)
   std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
-  size_t n_wanting_ = 0;
-  std::vector<float> outputs_;                   // (n_wanting, dim): what the output matrix is multiplied with
-  size_t first_screened_ = 0, n_screened_ = 0;   // outputs whose estimates are at hand
-  std::vector<float> estimates_, deviations_;    // (outputs screened together, n_vocab)
-  std::vector<float> best_estimates_, highest_;  // a piece each: its best estimate, the most that a logit can be
-  std::vector<int8_t> screen_values_;
-  std::vector<float> screen_corrections_, screen_variances_;
+  OutputLayer output_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
   std::vector<LutScratch> lut_scratch_;                // a thread each

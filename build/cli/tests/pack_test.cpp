@@ -156,9 +156,9 @@ TEST_CASE("a packed model: smaller, checksums of its chunks, best logits equal t
         const std::vector<TokenId> tokens = words(engine);
         for (size_t i = 0; i < tokens.size(); i++) {
           session.evaluate(std::span(tokens).subspan(i, 1));
-          engine.transformer.logits(logits.data());
+          engine.transformer.output().logits(logits.data());
           for (const size_t k : {1, 40, 100}) {
-            CHECK(engine.transformer.best(0, k) == sorted_best(logits, k));
+            CHECK(engine.transformer.output().best(0, k) == sorted_best(logits, k));
             // Few allowed tokens, and nearly all.
             for (const size_t every : {2, 3, 50}) {
               std::vector<uint64_t> allowed((logits.size() + 63) / 64, every == 2 ? ~uint64_t{1} : 0);
@@ -169,7 +169,7 @@ TEST_CASE("a packed model: smaller, checksums of its chunks, best logits equal t
                 if ((allowed[t / 64] >> t % 64 & 1) == 0) masked[t] = -std::numeric_limits<float>::infinity();
               std::vector<Candidate> all = sorted_best(masked, k);
               std::erase_if(all, [](const Candidate& c) { return std::isinf(c.logit); });
-              CHECK(engine.transformer.best(0, k, allowed) == all);
+              CHECK(engine.transformer.output().best(0, k, allowed) == all);
             }
           }
         }

@@ -528,7 +528,7 @@ TEST_CASE("probabilities are those of the logits, whatever makes the token known
   for (size_t i = 0; i < all.size(); i++) batch.push_back({all[i], static_cast<uint32_t>(i), &cache, true});
   std::vector<float> logits(all.size() * n_vocab);
   engine.transformer.forward(batch);
-  engine.transformer.logits(logits.data());
+  engine.transformer.output().logits(logits.data());
   REQUIRE(r.prompt_probabilities.size() == request.prompt.size() - 1);
   REQUIRE(r.probabilities.size() == r.tokens.size());
   const auto same = [](const TokenProbability& a, const TokenProbability& b) {

@@ -46,7 +46,7 @@ std::vector<float> all_logits(const EngineOptions& o) {
     for (size_t i = done; i < ids.size() && batch.size() < o.batch_size; i++)
       batch.push_back({ids[i], static_cast<uint32_t>(i), &cache, true});
     engine.transformer.forward(batch);
-    engine.transformer.logits(&logits[done * n_vocab]);
+    engine.transformer.output().logits(&logits[done * n_vocab]);
     done += batch.size();
   }
   return logits;
@@ -83,7 +83,7 @@ TEST_CASE("sequences in one batch do not touch each other") {
     Session session(engine);
     session.evaluate(ids);
     std::vector<float> logits(n_vocab);
-    engine.transformer.logits(logits.data());
+    engine.transformer.output().logits(logits.data());
     return logits;
   };
   KvCache cache_a(engine.config(), engine.n_ctx, engine.kv_type),
@@ -95,7 +95,7 @@ TEST_CASE("sequences in one batch do not touch each other") {
   }
   std::vector<float> logits(2 * n_vocab);
   engine.transformer.forward(batch);
-  engine.transformer.logits(logits.data());
+  engine.transformer.output().logits(logits.data());
   CHECK(same_bits(std::vector<float>(logits.begin(), logits.begin() + static_cast<std::ptrdiff_t>(n_vocab)), alone(b)));
   CHECK(same_bits(std::vector<float>(logits.begin() + static_cast<std::ptrdiff_t>(n_vocab), logits.end()), alone(a)));
 }
@@ -124,7 +124,7 @@ TEST_CASE("far back: attention cut up for one token gives the bits of a batch") 
         session.evaluate(std::span(ids).first(ids.size() - n_alone));
         for (size_t i = ids.size() - n_alone; i < ids.size(); i++) session.evaluate(std::span(ids).subspan(i, 1));
         std::vector<float> logits(engine.config().n_vocab);
-        engine.transformer.logits(logits.data());
+        engine.transformer.output().logits(logits.data());
         if (expected.empty()) expected = logits;
         CHECK(same_bits(logits, expected));
       }

@@ -129,6 +129,7 @@ const Kernels kAvx2Kernels = {
     .add_attention = avx2::add_attention,
     .divide_attention = avx2::divide_attention,
     .screen_rows = avx2::screen_rows,
+    .sketch_row = avx2::sketch_row,
     .dot_rows = avx2::dot_rows,
 };
 

@@ -80,15 +80,17 @@ inline void one_row(const TernaryRows& w, size_t r, const Activations& x, int32_
   const __m256i mask = _mm256_set1_epi8(3);
   const uint8_t* row = w.data + r * (w.cols / 4);
   for (size_t t = 0; t < x.n_tokens; t++) {
-    __m256i acc = _mm256_setzero_si256();
+    __m256i sums[4];
+    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
     for (size_t b = 0; b < w.cols / kTernaryBlock; b++) {
       const int8_t* a = x.values + t * w.cols + b * kTernaryBlock;
       const __m256i packed = load256(row + b * 32);
-      acc = _mm256_dpbusd_epi32(acc, _mm256_and_si256(_mm256_srli_epi16(packed, 6), mask), load256(a));
-      acc = _mm256_dpbusd_epi32(acc, _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), load256(a + 32));
-      acc = _mm256_dpbusd_epi32(acc, _mm256_and_si256(_mm256_srli_epi16(packed, 2), mask), load256(a + 64));
-      acc = _mm256_dpbusd_epi32(acc, _mm256_and_si256(packed, mask), load256(a + 96));
+      sums[0] = _mm256_dpbusd_epi32(sums[0], _mm256_and_si256(_mm256_srli_epi16(packed, 6), mask), load256(a));
+      sums[1] = _mm256_dpbusd_epi32(sums[1], _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), load256(a + 32));
+      sums[2] = _mm256_dpbusd_epi32(sums[2], _mm256_and_si256(_mm256_srli_epi16(packed, 2), mask), load256(a + 64));
+      sums[3] = _mm256_dpbusd_epi32(sums[3], _mm256_and_si256(packed, mask), load256(a + 96));
     }
+    const __m256i acc = _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3]));
     __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc), _mm256_extracti128_si256(acc, 1));
     s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
     out[t * out_stride + r] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1))) - x.sums[t];
@@ -135,6 +137,7 @@ constexpr Kernels kTable = {
     .add_attention = avx512::add_attention,
     .divide_attention = avx512::divide_attention,
     .screen_rows = avx512::screen_rows,
+    .sketch_row = avx512::sketch_row,
     .dot_rows = avx512::dot_rows,
 };
 

@@ -408,6 +408,91 @@ inline void dot_q6_k(const FloatRows& w, const float* x, size_t n_tokens, float*
     }
 }
 
+// One plane of a row's sketch: codes of u in steps around `spread` times its root mean square, which is what is left of
+// the row. u becomes what this plane leaves; its step is the best one for the codes, its error the new root mean
+// square.
+inline float sketch_plane(float* u, size_t n, float spread, float& rms, uint8_t* codes) {
+  const float step = spread * rms, inverse = step > 0.0f ? 1.0f / step : 0.0f;
+  const F32x16 three = set1(3.0f);
+  const auto code_of = [&](const float* p) {
+    const F32x16 c = max(rint(fma(load(p), set1(inverse), set1(1.5f))), zero());
+    return sub(three, max(sub(three, c), zero()));
+  };
+  F32x16 products = zero(), squares = zero();
+  for (size_t block = 0; block < n; block += kTernaryBlock)
+    for (size_t half = 0; half < 32; half += kLanes) {
+      F32x16 byte = zero();
+      for (size_t place = 0; place < 4; place++) {
+        const float* p = u + block + place * 32 + half;
+        const F32x16 code = code_of(p), level = sub(code, set1(1.5f));
+        byte = fma(byte, set1(4.0f), code);
+        products = fma(load(p), level, products);
+        squares = fma(level, level, squares);
+      }
+      store_uint8(codes + block / 4 + half, byte);
+    }
+  const float best = sum(products) / sum(squares);
+  F32x16 left = zero();
+  for (size_t i = 0; i < n; i += kLanes) {
+    const F32x16 rest = sub(load(u + i), mul(sub(code_of(u + i), set1(1.5f)), set1(best)));
+    left = fma(rest, rest, left);
+    store(u + i, rest);
+  }
+  rms = __builtin_sqrtf(sum(left) / static_cast<float>(n));
+  return best;
+}
+
+// What is left after the first plane lies more evenly in its range than weights do.
+constexpr float kSpreads[2] = {0.996f,
+                               0.93f};  // of a normal distribution: Max, Quantizing for minimum distortion, 1960
+
+template <RowType type>
+inline RowSketch sketch(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
+                        uint8_t* const codes[2]) {
+  if constexpr (type == RowType::kQ6_K)
+    for (size_t i = 0; i < w.cols; i += 256) decode_q6_k(w.data + i / 256 * 210, work + i);
+  F32x16 squares = zero();
+  for (size_t i = 0; i < w.cols; i += kLanes) {
+    F32x16 weights;
+    if constexpr (type == RowType::kQ6_K)
+      weights = load(work + i);
+    else
+      weights = load_weights<type>(w.data, w.low, w.cols, i);
+    const F32x16 u = mul(sub(weights, load(means + i)), load(inverse_scales + i));
+    squares = fma(u, u, squares);
+    store(work + i, u);
+  }
+  RowSketch out;
+  out.norm = __builtin_sqrtf(sum(squares));
+  float rms = out.norm / __builtin_sqrtf(static_cast<float>(w.cols));
+  for (int p = 0; p < 2; p++) {
+    out.steps[p] = sketch_plane(work, w.cols, kSpreads[p], rms, codes[p]);
+    out.errors[p] = rms;
+  }
+  return out;
+}
+
+RowSketch sketch_row(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
+                     uint8_t* const codes[2]) {
+  switch (w.type) {
+    case RowType::kF32:
+      return sketch<RowType::kF32>(w, means, inverse_scales, work, codes);
+    case RowType::kF16:
+      return sketch<RowType::kF16>(w, means, inverse_scales, work, codes);
+    case RowType::kBF16:
+      return sketch<RowType::kBF16>(w, means, inverse_scales, work, codes);
+    case RowType::kQ8_0:
+      return sketch<RowType::kQ8_0>(w, means, inverse_scales, work, codes);
+    case RowType::kQ6_K:
+      return sketch<RowType::kQ6_K>(w, means, inverse_scales, work, codes);
+    case RowType::kSplit8:
+      return sketch<RowType::kSplit8>(w, means, inverse_scales, work, codes);
+    case RowType::kSplit6:
+      break;
+  }
+  return sketch<RowType::kSplit6>(w, means, inverse_scales, work, codes);
+}
+
 void dot_rows(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
   switch (w.type) {
     case RowType::kF32:

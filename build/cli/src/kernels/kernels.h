@@ -84,6 +84,13 @@ struct Screen {
   float unit;                // of one count of the upper plane
 };
 
+// What sketch_row says of a row.
+struct RowSketch {
+  float steps[2];   // of the codes of each plane
+  float errors[2];  // root mean square of what is left after the first plane, and after both
+  float norm;       // √Σ u²
+};
+
 // Keys and values of one layer and one kv head, of up to kChunkPositions positions. Keys lie in blocks of 16 positions,
 // (kChunkPositions / 16, head_dim, 16), so that one vector holds the same dimension of 16 positions; values as
 // (kChunkPositions, head_dim). Both are of the cache's type; int8 numbers are followed by a scale for each position,
@@ -164,6 +171,11 @@ struct Kernels {
   // · xₜ[i], and the standard deviation of the error for lower bits that are independent of x.
   void (*screen_rows)(const FloatRows& w, const Screen* x, size_t n, float* estimates, float* deviations,
                       size_t stride);
+
+  // The row of w, standardised to u[i] = (weight[i] − means[i]) · inverse_scales[i], in two planes of 2-bit codes, each
+  // laid out as I2_S, (cols / 4): u[i] ≈ steps[0] · (codes[0][i] − 1.5) + steps[1] · (codes[1][i] − 1.5). work: (cols)
+  RowSketch (*sketch_row)(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
+                          uint8_t* const codes[2]);
 
   // out[t · out_stride + r] = Σᵢ w.rows[r][i] · x[t · cols + i], with the weights as decode_row gives them.
   void (*dot_rows)(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride);

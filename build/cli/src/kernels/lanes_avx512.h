@@ -23,6 +23,9 @@ inline void store_half(uint16_t* p, F32x16 a) {
 inline void store_int8(int8_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
 }
+inline void store_uint8(uint8_t* p, F32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(a)));
+}
 inline F32x16 add(F32x16 a, F32x16 b) { return _mm512_add_ps(a, b); }
 inline F32x16 sub(F32x16 a, F32x16 b) { return _mm512_sub_ps(a, b); }
 inline F32x16 mul(F32x16 a, F32x16 b) { return _mm512_mul_ps(a, b); }

@@ -52,6 +52,9 @@ inline void store_int8(int8_t* p, F32x16 a) {
     p[i] = static_cast<int8_t>(rounded > 127.0f ? 127.0f : rounded >= -128.0f ? rounded : -128.0f);
   }
 }
+inline void store_uint8(uint8_t* p, F32x16 a) {  // whole numbers from 0 to 255
+  for (int i = 0; i < 16; i++) p[i] = static_cast<uint8_t>(a.v[i]);
+}
 inline F32x16 add(F32x16 a, F32x16 b) {
   return each([&](int i) { return a.v[i] + b.v[i]; });
 }

@@ -65,6 +65,7 @@ const Kernels kScalarKernels = {
     .add_attention = scalar::add_attention,
     .divide_attention = scalar::divide_attention,
     .screen_rows = scalar::screen_rows,
+    .sketch_row = scalar::sketch_row,
     .dot_rows = scalar::dot_rows,
 };
 

@@ -1,0 +1,268 @@
+#include "output_layer.h"
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <limits>
+
+#include "rounding.h"
+
+namespace bitnet {
+namespace {
+
+constexpr size_t kRowsPerPiece = 64;         // of the matrix, for one thread at a time
+constexpr size_t kSketchRowsPerPiece = 128;  // 82 kB at 2,560 columns
+constexpr size_t kEstimatesPerPiece = 1024;
+constexpr size_t kCandidatesPerPiece = 16;
+constexpr size_t kAhead = 8;  // rows of the second plane that are asked for before they are multiplied
+constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for
+// Of so many rows for each of the k that are wanted the estimates are refined before anything is computed exactly: the
+// better the first k, the fewer rows have a chance beside them.
+constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
+// How far from its estimate a logit is looked for, in standard deviations. Errors that are independent of the vector
+// stay within 7 but for one row in 10¹²; docs/performance.md says what it was tried on.
+constexpr float kDeviations = 7.0f;
+
+constexpr float kInfinity = std::numeric_limits<float>::infinity();
+
+bool is_allowed(std::span<const uint64_t> allowed, size_t token) {
+  return allowed.empty() || (allowed[token / 64] >> token % 64 & 1) != 0;
+}
+
+// The k best of the candidates that are offered.
+class Best {
+ public:
+  explicit Best(size_t k) : k_(k) { heap_.reserve(k); }
+
+  // What a logit must at least be to be taken.
+  const float& least() const { return least_; }
+
+  void offer(Candidate candidate) {
+    // A model with wrong weights may give NaN, which nothing could be ordered by.
+    if (std::isnan(candidate.logit)) candidate.logit = -kInfinity;
+    if (heap_.size() == k_) {
+      if (!better(candidate, heap_.front())) return;
+      std::pop_heap(heap_.begin(), heap_.end(), better);
+      heap_.pop_back();
+    }
+    heap_.push_back(candidate);
+    std::push_heap(heap_.begin(), heap_.end(), better);
+    if (heap_.size() == k_) least_ = heap_.front().logit;
+  }
+
+  const std::vector<Candidate>& all() const { return heap_; }
+  std::vector<Candidate> take() { return std::move(heap_); }
+
+ private:
+  size_t k_;
+  std::vector<Candidate> heap_;  // the worst of them on top
+  float least_ = -kInfinity;
+};
+
+void sort_best(std::vector<Candidate>& candidates, size_t k) {
+  std::sort(candidates.begin(), candidates.end(), better);
+  if (candidates.size() > k) candidates.resize(k);
+}
+
+}  // namespace
+
+std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
+  Best best(k);
+  for (size_t i = 0; i < logits.size(); i++) best.offer({logits[i], static_cast<int32_t>(i)});
+  return best.take();
+}
+
+OutputLayer::OutputLayer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_outputs)
+    : model_(model),
+      kernels_(kernels),
+      pool_(pool),
+      dim_(model.config().dim),
+      n_vocab_(model.config().n_vocab),
+      outputs_(max_outputs * dim_),
+      scaled_(dim_),
+      values_(kEstimatedTogether * dim_),
+      scratch_(pool.size()) {
+  for (Scratch& s : scratch_) {
+    s.sums.resize(kEstimatedTogether * kSketchRowsPerPiece);
+    s.row.resize(row_bytes(model.output().type, dim_));
+  }
+}
+
+void OutputLayer::logits(float* out) const { multiply(outputs_.data(), n_, out); }
+
+void OutputLayer::logits(float* out, size_t which) const { multiply(output(which), 1, out); }
+
+// out (n, n_vocab) = x (n, dim) times the output matrix.
+void OutputLayer::multiply(const float* x, size_t n, float* out) const {
+  if (n == 0) return;
+  const FloatRows& matrix = model_.output();
+  pool_.for_each(ceil_div(n_vocab_, kRowsPerPiece), [&](size_t piece, size_t) {
+    const size_t first = piece * kRowsPerPiece, count = std::min(kRowsPerPiece, n_vocab_ - first);
+    kernels_.dot_rows(matrix.slice(first, count), x, n, out + first, n_vocab_);
+  });
+}
+
+// w · x = Σ means · x + Σ standardised w · scales · x, of which the second factor is quantised.
+void OutputLayer::prepare(size_t which, size_t place) {
+  const OutputSketch& sketch = *model_.output_sketch();
+  const float* x = output(which);
+  double offset = 0.0, squares = 0.0;
+  for (size_t i = 0; i < dim_; i++) {
+    scaled_[i] = sketch.scales[i] * x[i];
+    offset += static_cast<double>(sketch.means[i]) * static_cast<double>(x[i]);
+    squares += static_cast<double>(scaled_[i]) * static_cast<double>(scaled_[i]);
+  }
+  const float s = kernels_.quantize(scaled_.data(), dim_, &values_[place * dim_], &sums_[place]);
+  queries_[place] = {static_cast<float>(offset), 1.0f / s, static_cast<float>(sums_[place]) / 2.0f,
+                     kDeviations * static_cast<float>(std::sqrt(squares)), kDeviations / (std::sqrt(12.0f) * s)};
+}
+
+// Estimates of output `which` and, since the sketch is read for one anyway, of those after it.
+void OutputLayer::estimate(size_t which) {
+  if (which >= first_estimated_ && which < first_estimated_ + n_estimated_) return;
+  const OutputSketch& sketch = *model_.output_sketch();
+  const OutputSketch::Plane& plane = sketch.planes[0];
+  first_estimated_ = which;
+  n_estimated_ = std::min(kEstimatedTogether, n_ - which);
+  for (size_t i = 0; i < n_estimated_; i++) prepare(which + i, i);
+  bounds_.resize(2 * kEstimatedTogether * n_vocab_);
+  pool_.for_each(ceil_div(n_vocab_, kSketchRowsPerPiece), [&](size_t piece, size_t thread) {
+    const size_t first = piece * kSketchRowsPerPiece, n = std::min(kSketchRowsPerPiece, n_vocab_ - first);
+    int32_t* sums = scratch_[thread].sums.data();
+    kernels_.ternary_matmul(plane.codes.slice(first, n), values(0, n_estimated_), sums, kSketchRowsPerPiece);
+    for (size_t place = 0; place < n_estimated_; place++, sums += kSketchRowsPerPiece) {
+      const Query& q = queries_[place];
+      float* estimated = estimates(place) + first;
+      float* most = highest(place) + first;
+      for (size_t i = 0; i < n; i++) {
+        estimated[i] = q.offset + q.unit * plane.steps[first + i] * (static_cast<float>(sums[i]) - q.centre);
+        most[i] = estimated[i] + q.per_error * plane.errors[first + i] + q.per_norm * sketch.norms[first + i];
+      }
+    }
+  });
+}
+
+// The n allowed rows of the best estimates.
+std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed) {
+  const float* estimated = estimates(place);
+  std::vector<Best> of_threads(pool_.size(), Best(n));
+  pool_.for_each(ceil_div(n_vocab_, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
+    Best& best = of_threads[thread];
+    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, n_vocab_); r++)
+      if (estimated[r] >= best.least() && is_allowed(allowed, r)) best.offer({estimated[r], static_cast<int32_t>(r)});
+  });
+  Best best(n);
+  for (const Best& part : of_threads)
+    for (const Candidate& candidate : part.all()) best.offer(candidate);
+  return best.take();
+}
+
+// The estimate of a row from both planes.
+float OutputLayer::refined(size_t place, size_t row, size_t thread) {
+  const OutputSketch::Plane& plane = model_.output_sketch()->planes[1];
+  const Query& q = queries_[place];
+  const TernaryRows codes = plane.codes.slice(row, 1);
+  int32_t sum;
+  kernels_.ternary_matmul(codes, values(place, 1), &sum, 1);
+  scratch_[thread].bytes += codes.row_bytes();
+  return estimates(place)[row] + q.unit * plane.steps[row] * (static_cast<float>(sum) - q.centre);
+}
+
+float OutputLayer::exact(size_t which, size_t row, size_t thread) {
+  Scratch& scratch = scratch_[thread];
+  FloatRows w = model_.output().slice(row, 1);
+  model_.read_output_row(row, scratch.row);
+  w.data = scratch.row.data();
+  float logit;
+  kernels_.dot_rows(w, output(which), 1, &logit, 1);
+  scratch.bytes += scratch.row.size();
+  return std::isnan(logit) ? -kInfinity : logit;
+}
+
+template <class F>
+void OutputLayer::fill_in(std::vector<Candidate>& candidates, F&& logit) {
+  pool_.for_each(ceil_div(candidates.size(), kCandidatesPerPiece), [&](size_t piece, size_t thread) {
+    const size_t end = std::min((piece + 1) * kCandidatesPerPiece, candidates.size());
+    for (size_t i = piece * kCandidatesPerPiece; i < end; i++)
+      candidates[i].logit = logit(static_cast<size_t>(candidates[i].token), thread);
+  });
+}
+
+// The best k by their estimates are computed; a row that cannot reach the least of them is not among the best k.
+std::vector<Candidate> OutputLayer::sketched_best(size_t which, size_t k, std::span<const uint64_t> allowed) {
+  estimate(which);
+  const size_t place = which - first_estimated_;
+  const OutputSketch& sketch = *model_.output_sketch();
+  const auto compute = [&](size_t row, size_t thread) { return exact(which, row, thread); };
+
+  std::vector<Candidate> out = best_estimates(place, kRefinedFirst * k + kLeastRefined, allowed);
+  fill_in(out, [&](size_t row, size_t thread) { return refined(place, row, thread); });
+  sort_best(out, k);
+  fill_in(out, compute);
+  float least = out.size() < k ? -kInfinity : kInfinity;
+  std::vector<size_t> done;
+  for (const Candidate& candidate : out) {
+    least = std::min(least, candidate.logit);
+    done.push_back(static_cast<size_t>(candidate.token));
+  }
+  std::sort(done.begin(), done.end());
+
+  const Query& q = queries_[place];
+  const float* most = highest(place);
+  const OutputSketch::Plane& plane = sketch.planes[1];
+  pool_.for_each(ceil_div(n_vocab_, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
+    std::array<uint32_t, kEstimatesPerPiece> rows;
+    size_t n = 0;
+    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, n_vocab_); r++) {
+      rows[n] = static_cast<uint32_t>(r);
+      n += !(most[r] < least);  // NaN, of wrong weights, stays: it is not known to be small
+    }
+    for (size_t i = 0; i < n; i++) {
+      const size_t row = rows[i];
+      if (i + kAhead < n)
+        for (size_t at = 0; at < dim_ / 4; at += 64) __builtin_prefetch(plane.codes.slice(rows[i + kAhead], 1).data + at);
+      if (!is_allowed(allowed, row)) continue;
+      if (refined(place, row, thread) + q.per_error * plane.errors[row] + q.per_norm * sketch.norms[row] < least)
+        continue;
+      if (std::binary_search(done.begin(), done.end(), row)) continue;
+      scratch_[thread].found.push_back({compute(row, thread), static_cast<int32_t>(row)});
+    }
+  });
+  for (Scratch& s : scratch_) {
+    out.insert(out.end(), s.found.begin(), s.found.end());
+    s.found.clear();
+  }
+  return out;
+}
+
+std::vector<Candidate> OutputLayer::best(size_t which, size_t k, std::span<const uint64_t> allowed) {
+  std::vector<Candidate> candidates;
+  k = std::min(k, n_vocab_);
+  size_t n_allowed = 0;
+  for (const uint64_t word : allowed) n_allowed += static_cast<size_t>(std::popcount(word));
+  if (!allowed.empty() && n_allowed <= std::max(k, kFewTokens)) {
+    for (size_t t = 0; t < n_vocab_; t++)
+      if (is_allowed(allowed, t)) candidates.push_back({0.0f, static_cast<int32_t>(t)});
+    fill_in(candidates, [&](size_t row, size_t thread) { return exact(which, row, thread); });
+  } else if (model_.output_sketch()) {
+    candidates = sketched_best(which, k, allowed);
+  } else {
+    bounds_.resize(std::max(bounds_.size(), n_vocab_));
+    multiply(output(which), 1, bounds_.data());
+    for (size_t t = 0; t < n_vocab_; t++)
+      if (!is_allowed(allowed, t)) bounds_[t] = -kInfinity;
+    candidates = best_of(bounds_, k);
+  }
+  // Tokens without a finite logit are last, and there may be some among them that are not allowed.
+  std::erase_if(candidates, [&](const Candidate& c) { return !is_allowed(allowed, static_cast<size_t>(c.token)); });
+  sort_best(candidates, k);
+  return candidates;
+}
+
+uint64_t OutputLayer::bytes_refined() const {
+  uint64_t bytes = 0;
+  for (const Scratch& s : scratch_) bytes += s.bytes;
+  return bytes;
+}
+
+}  // namespace bitnet

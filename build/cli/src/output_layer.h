@@ -1,0 +1,99 @@
+// From the last vectors of the residual stream to logits: all of them, or the largest.
+#pragma once
+
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <span>
+#include <vector>
+
+#include "kernels/kernels.h"
+#include "model.h"
+#include "thread_pool.h"
+
+namespace bitnet {
+
+// A token and its logit.
+struct Candidate {
+  float logit;
+  int32_t token;
+  bool operator==(const Candidate&) const = default;
+};
+
+// Larger logits first, the lower id first of equals.
+inline bool better(const Candidate& a, const Candidate& b) {
+  return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
+}
+
+// The k largest of all logits (n_vocab), in no order.
+std::vector<Candidate> best_of(std::span<const float> logits, size_t k);
+
+class OutputLayer {
+ public:
+  // All must outlive it. `max_outputs`: of a batch.
+  OutputLayer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_outputs);
+
+  // A new batch: its vectors, (dim) each, are written where add() says.
+  void clear() { n_ = n_estimated_ = 0; }
+  float* add() { return &outputs_[n_++ * dim_]; }
+
+  void logits(float* out) const;                // of all vectors, (n, n_vocab)
+  void logits(float* out, size_t which) const;  // of one, (n_vocab)
+
+  // The k largest of one, best first, with the bits that logits() gives. Where `allowed` is given, a bit for each token
+  // (token t is bit t mod 64 of word t / 64), tokens whose bit is not set do not take part.
+  std::vector<Candidate> best(size_t which, size_t k, std::span<const uint64_t> allowed = {});
+
+  uint64_t bytes_refined() const;  // what best() has read of single rows so far
+
+ private:
+  static constexpr size_t kEstimatedTogether = 4;  // outputs
+
+  // An output as the sketch is multiplied with it, and how far an estimate may be off.
+  struct Query {
+    float offset;     // what the columns' means add to every logit
+    float unit;       // of a sum of codes times values, for a step of 1
+    float centre;     // half the sum of the values: sums are of codes − 1, codes stand for themselves − 1.5
+    float per_error;  // how far, for a row's error of 1, …
+    float per_norm;   // … and for its norm, since the values are quantised
+  };
+
+  // What a thread needs of its own.
+  struct Scratch {
+    std::vector<int32_t> sums;  // (kEstimatedTogether, rows of a piece)
+    std::vector<uint8_t> row;   // of the output matrix
+    std::vector<Candidate> found;
+    uint64_t bytes = 0;
+  };
+
+  const float* output(size_t which) const { return &outputs_[which * dim_]; }
+  float* estimates(size_t place) { return &bounds_[2 * place * n_vocab_]; }      // (n_vocab)
+  float* highest(size_t place) { return &bounds_[(2 * place + 1) * n_vocab_]; }  // (n_vocab)
+  Activations values(size_t place, size_t n) const { return {&values_[place * dim_], &sums_[place], n}; }
+  void multiply(const float* x, size_t n, float* out) const;
+  void prepare(size_t which, size_t place);
+  void estimate(size_t which);
+  std::vector<Candidate> best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed);
+  float refined(size_t place, size_t row, size_t thread);
+  float exact(size_t which, size_t row, size_t thread);
+  std::vector<Candidate> sketched_best(size_t which, size_t k, std::span<const uint64_t> allowed);
+  template <class F>
+  void fill_in(std::vector<Candidate>& candidates, F&& logit);
+
+  const Model& model_;
+  const Kernels& kernels_;
+  ThreadPool& pool_;
+  const size_t dim_, n_vocab_;
+  size_t n_ = 0;
+  std::vector<float> outputs_;  // (max_outputs, dim)
+
+  size_t first_estimated_ = 0, n_estimated_ = 0;  // outputs whose estimates are at hand
+  std::array<Query, kEstimatedTogether> queries_;
+  std::vector<float> scaled_;                     // (dim)
+  std::vector<int8_t> values_;                    // (kEstimatedTogether, dim): outputs, scaled and quantised
+  std::array<int32_t, kEstimatedTogether> sums_;  // of them
+  std::vector<float> bounds_;                     // (kEstimatedTogether, 2, n_vocab)
+  std::vector<Scratch> scratch_;                  // a thread each
+};
+
+}  // namespace bitnet
