@@ -9,7 +9,6 @@
 
 #include "elementary.h"
 #include "error.h"
-#include "pack.h"
 #include "rounding.h"
 
 namespace bitnet {
@@ -56,8 +55,6 @@ size_t settled_bytes_of(const TernaryMatrix& m, const Kernels& kernels) {
   return computes_from_trits(kernels, m.cols) ? m.bytes() : m.rows * m.cols / 4;
 }
 
-bool is_split(const FloatRows& w) { return w.type == RowType::kSplit8 || w.type == RowType::kSplit6; }
-
 TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor* tensor = find(file, name, {cols, rows});
   if (tensor->type != TensorType::kI2_S && tensor->type != TensorType::kTrits)
@@ -75,7 +72,7 @@ TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows
 
 FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor* tensor = find(file, name, {cols, rows});
-  FloatRows out{RowType::kF32, reinterpret_cast<const uint8_t*>(tensor->bytes.data()), nullptr, rows, cols};
+  FloatRows out{RowType::kF32, reinterpret_cast<const uint8_t*>(tensor->bytes.data()), rows, cols};
   switch (tensor->type) {
     case TensorType::kF32:
       break;
@@ -91,18 +88,8 @@ FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, siz
     case TensorType::kQ6_K:
       out.type = RowType::kQ6_K;
       break;
-    case TensorType::kHigh4: {
-      const Tensor* low = find(file, name + kLowPlaneSuffix, {cols, rows});
-      if (low->type != TensorType::kLow4 && low->type != TensorType::kLow2) wrong_type(file, *low, "LOW4 or LOW2");
-      out.type = low->type == TensorType::kLow4 ? RowType::kSplit8 : RowType::kSplit6;
-      out.low = reinterpret_cast<const uint8_t*>(low->bytes.data());
-      if (cols / kScaleBlock > kMaxScreenBlocks)
-        invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) +
-                          " weights, the split types take at most " + std::to_string(kMaxScreenBlocks * kScaleBlock));
-      break;
-    }
     default:
-      wrong_type(file, *tensor, "F32, F16, BF16, Q8_0, Q6_K or HIGH4");
+      wrong_type(file, *tensor, "F32, F16, BF16, Q8_0 or Q6_K");
   }
   return out;
 }
@@ -244,13 +231,10 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels) {
   const size_t end = n_settled_ + kBytesPerCall;
   for (; settling_ == Settling::kTernary && n_settled_ < end; next_matrix_++) {
     if (next_matrix_ == config_.n_layers * kMatricesPerLayer)
-      settling_ = is_split(output_) ? Settling::kOutput : Settling::kDone;
+      settling_ = Settling::kDone;
     else if (TernaryMatrix& m = ternary_matrix(next_matrix_); m.type == TernaryType::kTrits)
       settle_ternary(m, pool, kernels);
   }
-  if (settling_ == Settling::kOutput && n_settled_ < end)
-    settle_output(std::min(output_.rows - next_row_, (end - n_settled_) / row_bytes(output_.type, output_.cols) + 1),
-                  pool);
   return settling_ != Settling::kDone;
 }
 
@@ -274,26 +258,8 @@ void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& ke
   m = there;
 }
 
-void Model::settle_output(size_t n_rows, ThreadPool& pool) {
-  constexpr size_t kRowsPerPiece = 128;
-  const size_t bytes = row_bytes(output_.type, output_.cols);
-  pool.for_each(ceil_div(n_rows, kRowsPerPiece), [&](size_t piece, size_t) {
-    const size_t first = piece * kRowsPerPiece;
-    const FloatRows rows = output_.slice(next_row_ + first, std::min(kRowsPerPiece, n_rows - first));
-    std::memcpy(settled_ + n_settled_ + first * bytes, rows.data, rows.rows * bytes);
-    give_back(rows.data, rows.rows * bytes);
-  });
-  n_settled_ += n_rows * bytes;
-  next_row_ += n_rows;
-  if (next_row_ < output_.rows) return;
-  const uint8_t* there = settled_ + n_settled_ - output_.rows * bytes;
-  if (token_embedding_.data == output_.data) token_embedding_.data = there;
-  output_.data = there;
-  settling_ = Settling::kDone;
-}
-
 size_t Model::settled_bytes(const Kernels& kernels) const {
-  size_t bytes = is_split(output_) ? output_.rows * row_bytes(output_.type, output_.cols) : 0;
+  size_t bytes = 0;
   for_each_matrix([&](const TernaryMatrix& m) {
     if (m.type == TernaryType::kTrits) bytes += settled_bytes_of(m, kernels);
   });
@@ -308,12 +274,8 @@ size_t Model::bytes_per_token(const Kernels& kernels) const {
 }
 
 size_t Model::memory_bytes(const Kernels& kernels) const {
-  const auto plane_bytes = [](const FloatRows& w) {
-    return w.rows * (row_bytes(w.type, w.cols) + low_row_bytes(w.type, w.cols));
-  };
-  size_t bytes = bytes_per_token(kernels) + output_.rows * low_row_bytes(output_.type, output_.cols);
-  if (output_.data != token_embedding_.data) bytes += plane_bytes(token_embedding_);
-  return bytes;
+  const size_t embedding = token_embedding_.rows * row_bytes(token_embedding_.type, token_embedding_.cols);
+  return bytes_per_token(kernels) + (output_.data != token_embedding_.data ? embedding : 0);
 }
 
 }  // namespace bitnet

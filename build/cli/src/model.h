@@ -83,7 +83,7 @@ class Model {
 
   size_t n_params() const;
   // Weights read to compute one token (embedding row not counted), once they have settled: ternary weights, norms and
-  // the output matrix, of a split one the upper plane.
+  // the output matrix.
   size_t bytes_per_token(const Kernels& kernels) const;
   size_t memory_bytes(const Kernels& kernels) const;   // all weights, once they have settled
   size_t settled_bytes(const Kernels& kernels) const;  // of them, what settle() moves
@@ -94,17 +94,16 @@ class Model {
   template <class F>
   void for_each_matrix(F&& f) const;
   void settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels);
-  void settle_output(size_t n_rows, ThreadPool& pool);
 
   FloatRows token_embedding_, output_;
   const float* output_norm_;
   std::vector<Layer> layers_;
   std::vector<float> rope_frequencies_;
-  enum class Settling { kNotBegun, kTernary, kOutput, kDone };
+  enum class Settling { kNotBegun, kTernary, kDone };
   Settling settling_ = Settling::kNotBegun;
   uint8_t* settled_ = nullptr;               // settled_size_ bytes
   size_t settled_size_ = 0, n_settled_ = 0;  // of them, n_settled_ are filled
-  size_t next_matrix_ = 0, next_row_ = 0;    // the ternary matrix, or the row of the output matrix, that is moved next
+  size_t next_matrix_ = 0;                   // that is moved next
 };
 
 }  // namespace bitnet

@@ -16,21 +16,13 @@ constexpr size_t kRowsPerPiece = 128;             // for one thread at a time: 8
 constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for before it waits for the others
 constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kLogitRowsPerPiece = 64;
-constexpr size_t kTokensPerGroup = 8;    // that go through a sequence's cache together
-constexpr size_t kFewAttending = 16;     // tokens whose attention is divided among threads by chunks
-constexpr size_t kScreenedTogether = 4;  // outputs
-constexpr size_t kScreenedPiece = 1024;  // rows whose estimates are looked at together
+constexpr size_t kTokensPerGroup = 8;  // that go through a sequence's cache together
+constexpr size_t kFewAttending = 16;   // tokens whose attention is divided among threads by chunks
 constexpr size_t kCandidatesPerPiece = 16;
-constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for by screening
-// How far from its estimate a logit is looked for, in standard deviations. Lower bits that are independent of the
-// vector stay within 8 but for one row in 10¹⁵; docs/performance.md says what it was tried on.
-constexpr float kScreenDeviations = 8.0f;
-
+constexpr size_t kFewTokens = 1024;  // whose logits are computed without the others
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
-
-size_t screen_blocks(const Config& c) { return round_up(c.dim / kScaleBlock, kLanes); }
 
 bool is_allowed(std::span<const uint64_t> allowed, size_t token) {
   return allowed.empty() || (allowed[token / 64] >> token % 64 & 1) != 0;
@@ -109,9 +101,6 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
       up_(max_batch * config_.ffn_dim),
       branch_(max_batch * config_.dim),
       outputs_(max_batch * config_.dim),
-      screen_values_(kScreenedTogether * config_.dim),
-      screen_corrections_(kScreenedTogether * screen_blocks(config_)),
-      screen_variances_(kScreenedTogether * screen_blocks(config_)),
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
       codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
@@ -396,7 +385,7 @@ void Transformer::add_to_residual() {
 }
 
 void Transformer::norm_outputs(std::span<const BatchToken> batch) {
-  n_wanting_ = n_screened_ = 0;
+  n_wanting_ = 0;
   for (size_t t = 0; t < n_; t++)
     if (batch[t].wants_logits)
       kernels_.rms_norm(&residual_[t * config_.dim], model_.output_norm(), config_.norm_epsilon, config_.dim,
@@ -415,104 +404,6 @@ void Transformer::multiply_output(const float* x, size_t n, float* out) {
     const size_t first = piece * kLogitRowsPerPiece, count = std::min(kLogitRowsPerPiece, output.rows - first);
     kernels_.dot_rows(output.slice(first, count), x, n, out + first, output.rows);
   });
-}
-
-bool Transformer::can_screen() const {
-  return model_.output().type == RowType::kSplit8 || model_.output().type == RowType::kSplit6;
-}
-
-// What screen_rows needs of one output vector. The numbers of a split row are (upper << bits) + lower − zero: the lower
-// bits are taken as their middle, and their error as that of a uniform choice; the error of quantising the vector is
-// added to it.
-Screen Transformer::prepare_screen(const float* x, size_t place) {
-  const RowType type = model_.output().type;
-  const float steps = type == RowType::kSplit8 ? 16.0f : 4.0f, zero = type == RowType::kSplit8 ? 128.0f : 32.0f;
-  int8_t* values = &screen_values_[place * config_.dim];
-  float* corrections = &screen_corrections_[place * screen_blocks(config_)];
-  float* variances = &screen_variances_[place * screen_blocks(config_)];
-  int32_t sum;
-  const float s = kernels_.quantize(x, config_.dim, values, &sum);
-  const float lower_variance = (steps * steps - 1.0f) / 12.0f;
-  const float quantising_variance = kScaleBlock * (zero / 2.0f) * (zero / 2.0f) / (12.0f * s * s);
-  for (size_t b = 0; b * kScaleBlock < config_.dim; b++) {
-    int32_t total = 0;
-    float squares = 0.0f;
-    for (size_t i = b * kScaleBlock; i < (b + 1) * kScaleBlock; i++) {
-      total += values[i];
-      squares += x[i] * x[i];
-    }
-    corrections[b] = (zero - (steps - 1.0f) / 2.0f) / steps * static_cast<float>(total);
-    variances[b] = lower_variance * squares + quantising_variance;
-  }
-  return {values, corrections, variances, steps / s};
-}
-
-// Estimates of output `which` and, since the matrix is read for one anyway, of those after it.
-void Transformer::screen(size_t which) {
-  if (which >= first_screened_ && which < first_screened_ + n_screened_) return;
-  const FloatRows& output = model_.output();
-  first_screened_ = which;
-  n_screened_ = std::min(kScreenedTogether, n_wanting_ - which);
-  std::array<Screen, kScreenedTogether> screens;
-  for (size_t i = 0; i < n_screened_; i++) screens[i] = prepare_screen(&outputs_[(which + i) * config_.dim], i);
-  estimates_.resize(kScreenedTogether * output.rows);
-  deviations_.resize(kScreenedTogether * output.rows);
-  pool_.for_each(
-      ceil_div(output.rows, kRowsPerPiece),
-      [&](size_t piece, size_t) {
-        const size_t first = piece * kRowsPerPiece, n = std::min(kRowsPerPiece, output.rows - first);
-        kernels_.screen_rows(output.slice(first, n), screens.data(), n_screened_, &estimates_[first],
-                             &deviations_[first], output.rows);
-      },
-      [&](size_t thread) { fetch_ahead(attention_inputs(0), thread); });
-}
-
-std::vector<Candidate> Transformer::screened_best(size_t which, size_t k, std::span<const uint64_t> allowed) {
-  screen(which);
-  const size_t rows = model_.output().rows, n_pieces = ceil_div(rows, kScreenedPiece);
-  const float* estimates = &estimates_[(which - first_screened_) * rows];
-  const float* deviations = &deviations_[(which - first_screened_) * rows];
-  const auto most = [&](size_t r) { return estimates[r] + kScreenDeviations * deviations[r]; };
-  best_estimates_.resize(n_pieces);
-  highest_.resize(n_pieces);
-  pool_.for_each(n_pieces, [&](size_t piece, size_t) {
-    float best = -kInfinity, highest = -kInfinity;
-    for (size_t r = piece * kScreenedPiece; r < std::min((piece + 1) * kScreenedPiece, rows); r++)
-      if (is_allowed(allowed, r)) {  // NaN, of wrong weights, is passed over here and below
-        best = std::max(best, estimates[r]);
-        highest = std::max(highest, most(r));
-      }
-    best_estimates_[piece] = best;
-    highest_[piece] = highest;
-  });
-  // Calls f with the allowed rows of those pieces whose value is at least `least`.
-  const auto for_rows = [&](const std::vector<float>& of_piece, const float& least, auto&& f) {
-    for (size_t piece = 0; piece < n_pieces; piece++)
-      if (of_piece[piece] >= least)
-        for (size_t r = piece * kScreenedPiece; r < std::min((piece + 1) * kScreenedPiece, rows); r++)
-          if (is_allowed(allowed, r)) f(r);
-  };
-  // The k rows of the best estimates are computed first. No row whose upper end stays below the least of them can be
-  // among the best k.
-  const float* x = &outputs_[which * config_.dim];
-  Best best(k);
-  for_rows(best_estimates_, best.least(), [&](size_t r) { best.offer({estimates[r], static_cast<int32_t>(r)}); });
-  std::vector<Candidate> out = best.take();
-  const size_t n_first = out.size();
-  exact_logits(x, out, 0);
-  float least = kInfinity;
-  std::vector<int32_t> done;
-  for (const Candidate& candidate : out) {
-    least = std::min(least, candidate.logit);
-    done.push_back(candidate.token);
-  }
-  std::sort(done.begin(), done.end());
-  for_rows(highest_, least, [&](size_t r) {
-    const int32_t token = static_cast<int32_t>(r);
-    if (most(r) >= least && !std::binary_search(done.begin(), done.end(), token)) out.push_back({0.0f, token});
-  });
-  exact_logits(x, out, n_first);
-  return out;
 }
 
 // Fills in the logits of the candidates from `first` on.
@@ -538,14 +429,12 @@ std::vector<Candidate> Transformer::best(size_t which, size_t k, std::span<const
     for (size_t t = 0; t < config_.n_vocab; t++)
       if (is_allowed(allowed, t)) candidates.push_back({0.0f, static_cast<int32_t>(t)});
     exact_logits(x, candidates, 0);
-  } else if (can_screen()) {
-    candidates = screened_best(which, k, allowed);
   } else {
-    estimates_.resize(config_.n_vocab);
-    multiply_output(x, 1, estimates_.data());
+    all_logits_.resize(config_.n_vocab);
+    multiply_output(x, 1, all_logits_.data());
     for (size_t t = 0; t < config_.n_vocab; t++)
-      if (!is_allowed(allowed, t)) estimates_[t] = -kInfinity;
-    candidates = best_of(estimates_, k);
+      if (!is_allowed(allowed, t)) all_logits_[t] = -kInfinity;
+    candidates = best_of(all_logits_, k);
   }
   // Tokens without a finite logit are last, and there may be some among them that are not allowed.
   std::erase_if(candidates, [&](const Candidate& c) { return !is_allowed(allowed, static_cast<size_t>(c.token)); });

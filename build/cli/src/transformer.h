@@ -51,9 +51,8 @@ class Transformer {
   // Of the last batch, for the tokens that wanted logits, in their order: all logits, (n_wanting, n_vocab), …
   void logits(float* out);
   void logits(float* out, size_t which);  // … those of one of them, (n_vocab), …
-  // … or the k largest of one of them, best first, with the bits that logits() gives. Of a split output matrix only the
-  // upper plane is read whole; rows that it leaves a chance to are then computed exactly. Where `allowed` is given, a
-  // bit for each token (token t is bit t mod 64 of word t / 64), tokens whose bit is not set do not take part.
+  // … or the k largest of one of them, best first, with the bits that logits() gives. Where `allowed` is given, a bit
+  // for each token (token t is bit t mod 64 of word t / 64), tokens whose bit is not set do not take part.
   std::vector<Candidate> best(size_t which, size_t k, std::span<const uint64_t> allowed = {});
 
   size_t max_batch() const { return max_batch_; }
@@ -104,10 +103,6 @@ class Transformer {
   void add_to_residual();
   void norm_outputs(std::span<const BatchToken> batch);
   void multiply_output(const float* x, size_t n, float* out);
-  bool can_screen() const;
-  Screen prepare_screen(const float* x, size_t place);
-  void screen(size_t which);
-  std::vector<Candidate> screened_best(size_t which, size_t k, std::span<const uint64_t> allowed);
   void exact_logits(const float* x, std::vector<Candidate>& candidates, size_t first);
   template <class F>
   void for_each_token(F&& f);
@@ -132,12 +127,8 @@ class Transformer {
   std::vector<float> gate_, up_;         // (max_batch, ffn_dim)
   std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
   size_t n_wanting_ = 0;
-  std::vector<float> outputs_;                   // (n_wanting, dim): what the output matrix is multiplied with
-  size_t first_screened_ = 0, n_screened_ = 0;   // outputs whose estimates are at hand
-  std::vector<float> estimates_, deviations_;    // (outputs screened together, n_vocab)
-  std::vector<float> best_estimates_, highest_;  // a piece each: its best estimate, the most that a logit can be
-  std::vector<int8_t> screen_values_;
-  std::vector<float> screen_corrections_, screen_variances_;
+  std::vector<float> outputs_;          // (n_wanting, dim): what the output matrix is multiplied with
+  std::vector<float> all_logits_;       // (n_vocab), of best()
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
   std::vector<LutScratch> lut_scratch_;                // a thread each

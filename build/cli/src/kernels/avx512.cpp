@@ -134,7 +134,6 @@ constexpr Kernels kTable = {
     .attend = avx512::attend,
     .add_attention = avx512::add_attention,
     .divide_attention = avx512::divide_attention,
-    .screen_rows = avx512::screen_rows,
     .dot_rows = avx512::dot_rows,
 };
 
