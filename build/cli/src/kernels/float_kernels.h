@@ -274,9 +274,29 @@ void divide_attention(const Attention& sum, size_t n_heads, size_t head_dim, flo
       store(out + d, div(load(sum.sums + d), set1(sum.totals[h])));
 }
 
+// Q6_K: 256 weights in 210 bytes: 128 low nibbles' bytes, 64 bytes of high bit pairs, 16 int8 scales, an f16 scale
+// (ggml-quants.c).
+inline void load_q6_k(const uint8_t* __restrict block, F32x16 (&out)[16]) {
+  const uint8_t *low = block, *high = block + 128;
+  alignas(64) int8_t numbers[256];
+  for (int part = 0; part < 2; part++, low += 64, high += 32)
+    for (int i = 0; i < 32; i++) {
+      int8_t* p = numbers + part * 128 + i;
+      p[0] = static_cast<int8_t>(((low[i] & 15) | (high[i] & 3) << 4) - 32);
+      p[32] = static_cast<int8_t>(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
+      p[64] = static_cast<int8_t>((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
+      p[96] = static_cast<int8_t>((low[i + 32] >> 4 | (high[i] >> 6) << 4) - 32);
+    }
+  float scales[16];
+  store(scales, mul(set1_half(block + 208), load_int8(reinterpret_cast<const int8_t*>(block + 192))));
+  for (int v = 0; v < 16; v++) out[v] = mul(set1(scales[v]), load_int8(numbers + v * 16));
+}
+
 // Vectors of weights that are loaded together: what shares a scale.
 template <RowType type>
-constexpr size_t kLoaded = type == RowType::kQ8_0 ? 2 : 1;
+constexpr size_t kLoaded = type == RowType::kQ8_0   ? 2
+                           : type == RowType::kQ6_K ? 16
+                                                    : 1;
 
 // Weights of a row from element i on.
 template <RowType type>
@@ -284,25 +304,30 @@ inline void load_weights(const uint8_t* row, size_t i, F32x16 (&out)[kLoaded<typ
   if constexpr (type == RowType::kF32) out[0] = load(reinterpret_cast<const float*>(row) + i);
   if constexpr (type == RowType::kF16) out[0] = load_half(reinterpret_cast<const uint16_t*>(row) + i);
   if constexpr (type == RowType::kBF16) out[0] = load_bfloat(reinterpret_cast<const uint16_t*>(row) + i);
-  if constexpr (type == RowType::kQ8_0) {  // an f16 scale, then 32 int8; their product is exact
+  if constexpr (type == RowType::kQ8_0) {  // an f16 scale, then 32 int8
     const uint8_t* block = row + i / 32 * 34;
     const F32x16 scale = set1_half(block);
     const int8_t* numbers = reinterpret_cast<const int8_t*>(block + 2);
     for (size_t v = 0; v < 2; v++) out[v] = mul(scale, load_int8(numbers + v * kLanes));
   }
+  if constexpr (type == RowType::kQ6_K) load_q6_k(row + i / 256 * 210, out);
 }
 
 template <RowType type, int R>
 inline void dot_group(const FloatRows& w, size_t first, const float* x, float* out) {
-  constexpr size_t kStep = kLoaded<type> * kLanes;
-  const size_t stride = row_bytes(type, w.cols), step_bytes = stride / (w.cols / kStep);
+  constexpr size_t kStep = kLoaded<type> * kLanes, kStepBytes = row_bytes(type, kStep), kLine = 64;
+  const size_t stride = row_bytes(type, w.cols);
   const uint8_t* data = w.data + first * stride;
   const uint8_t* next = data + R * stride;
+  // Several streams, each short, or a single row from anywhere: the processor foresees neither.
+  if (R == 1)
+    for (size_t b = 0; b < stride; b += kLine) __builtin_prefetch(data + b, 0, 3);
   F32x16 acc[R];
   for (int r = 0; r < R; r++) acc[r] = zero();
-  for (size_t i = 0; i < w.cols; i += kStep, next += step_bytes) {
-    if (R > 1)  // the next rows; several streams, each short, are not foreseen by the processor
-      for (size_t r = 0; r < R; r++) __builtin_prefetch(next + r * stride, 0, 3);
+  for (size_t i = 0; i < w.cols; i += kStep, next += kStepBytes) {
+    if (R > 1)
+      for (size_t r = 0; r < R; r++)
+        for (size_t b = 0; b < kStepBytes; b += kLine) __builtin_prefetch(next + r * stride + b, 0, 3);
     for (size_t r = 0; r < R; r++) {
       F32x16 weights[kLoaded<type>];
       load_weights<type>(data + r * stride, i, weights);
@@ -322,45 +347,6 @@ inline void dot_all(const FloatRows& w, const float* x, size_t n_tokens, float* 
     for (size_t t = 0; t < n_tokens; t++) dot_group<type, 1>(w, r, x + t * w.cols, out + t * out_stride + r);
 }
 
-// Q6_K: 256 weights in 210 bytes: 128 low nibbles' bytes, 64 bytes of high bit pairs, 16 int8 scales, an f16 scale
-// (ggml-quants.c).
-inline void decode_q6_k(const uint8_t* block, float* out) {
-  const uint8_t *low = block, *high = block + 128;
-  const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
-  uint16_t half;
-  __builtin_memcpy(&half, block + 208, 2);
-  const float d = half_to_float(half);
-  int8_t q[256];
-  for (int part = 0; part < 2; part++, low += 64, high += 32)
-    for (int i = 0; i < 32; i++) {
-      int8_t* p = q + part * 128 + i;
-      p[0] = static_cast<int8_t>(((low[i] & 15) | (high[i] & 3) << 4) - 32);
-      p[32] = static_cast<int8_t>(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
-      p[64] = static_cast<int8_t>((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
-      p[96] = static_cast<int8_t>((low[i + 32] >> 4 | (high[i] >> 6) << 4) - 32);
-    }
-  for (int i = 0; i < 16; i++) store(out + i * 16, mul(set1(d * static_cast<float>(scales[i])), load_int8(q + i * 16)));
-}
-
-inline void dot_q6_k(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
-  constexpr size_t kBlock = 256, kGroup = 4;  // tokens whose sums are carried through one pass over a row
-  const size_t stride = row_bytes(RowType::kQ6_K, w.cols);
-  for (size_t r = 0; r < w.rows; r++)
-    for (size_t t0 = 0; t0 < n_tokens; t0 += kGroup) {
-      const size_t n = n_tokens - t0 < kGroup ? n_tokens - t0 : kGroup;
-      const uint8_t* row = w.data + r * stride;
-      F32x16 acc[kGroup] = {zero(), zero(), zero(), zero()};
-      for (size_t i = 0; i < w.cols; i += kBlock) {
-        float weights[kBlock];
-        decode_q6_k(row + i / kBlock * 210, weights);
-        for (size_t t = 0; t < n; t++)
-          for (size_t j = 0; j < kBlock; j += kLanes)
-            acc[t] = fma(load(weights + j), load(x + (t0 + t) * w.cols + i + j), acc[t]);
-      }
-      for (size_t t = 0; t < n; t++) out[(t0 + t) * out_stride + r] = sum(acc[t]);
-    }
-}
-
 void dot_rows(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
   switch (w.type) {
     case RowType::kF32:
@@ -372,6 +358,6 @@ void dot_rows(const FloatRows& w, const float* x, size_t n_tokens, float* out, s
     case RowType::kQ8_0:
       return dot_all<RowType::kQ8_0>(w, x, n_tokens, out, out_stride);
     case RowType::kQ6_K:
-      return dot_q6_k(w, x, n_tokens, out, out_stride);
+      return dot_all<RowType::kQ6_K>(w, x, n_tokens, out, out_stride);
   }
 }

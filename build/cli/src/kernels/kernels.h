@@ -31,6 +31,22 @@ inline constexpr CacheType kCacheTypes[] = {CacheType::kF16, CacheType::kF32, Ca
 // How a row of the output matrix is stored: as in ggml.
 enum class RowType { kF32, kF16, kBF16, kQ8_0, kQ6_K };
 
+// Bytes of one row of `cols` weights.
+constexpr size_t row_bytes(RowType type, size_t cols) {
+  switch (type) {
+    case RowType::kF32:
+      return cols * 4;
+    case RowType::kF16:
+    case RowType::kBF16:
+      return cols * 2;
+    case RowType::kQ8_0:
+      return cols / 32 * 34;
+    case RowType::kQ6_K:
+      break;
+  }
+  return cols / 256 * 210;
+}
+
 std::string_view name_of(Isa isa);
 std::string_view name_of(CacheType type);
 
@@ -162,7 +178,6 @@ void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const T
 size_t position_bytes(CacheType type, size_t head_dim);
 size_t chunk_bytes(CacheType type, size_t head_dim);
 
-size_t row_bytes(RowType type, size_t cols);                  // of one row of `cols` weights
 void decode_row(const FloatRows& w, size_t row, float* out);  // (cols)
 
 extern const Kernels kScalarKernels;

@@ -67,21 +67,6 @@ const Kernels kScalarKernels = {
     .dot_rows = scalar::dot_rows,
 };
 
-size_t row_bytes(RowType type, size_t cols) {
-  switch (type) {
-    case RowType::kF32:
-      return cols * 4;
-    case RowType::kF16:
-    case RowType::kBF16:
-      return cols * 2;
-    case RowType::kQ8_0:
-      return cols / 32 * 34;
-    case RowType::kQ6_K:
-      return cols / 256 * 210;
-  }
-  return 0;
-}
-
 FloatRows FloatRows::slice(size_t first, size_t count) const {
   return {type, data + first * row_bytes(type, cols), count, cols};
 }
@@ -114,10 +99,8 @@ void decode_row(const FloatRows& w, size_t row, float* out) {
     case RowType::kQ8_0:
       return decode<RowType::kQ8_0>(w, row, out);
     case RowType::kQ6_K:
-      break;
+      return decode<RowType::kQ6_K>(w, row, out);
   }
-  const uint8_t* bytes = w.slice(row, 1).data;
-  for (size_t i = 0; i < w.cols; i += 256) scalar::decode_q6_k(bytes + i / 256 * 210, out + i);
 }
 
 }  // namespace bitnet
