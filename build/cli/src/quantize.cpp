@@ -14,52 +14,56 @@ constexpr size_t kParts = 16, kPartWeights = 16;  // of a block of Q6_K, each wi
 constexpr float kNoWeight = 1e-15f;               // smaller ones are zeros, as ggml takes them
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
-// A block of Q6_K with element i of all parts side by side: the loops below do all parts at once.
-struct Block {
-  float v[kPartWeights][kParts];
-};
+// A number of each of four parts. Below, T is this or float.
+using Four = float __attribute__((vector_size(16)));
 
 // To the nearest integer, |x| < 2²².
-float nearest(float x) { return x + 0x1.8p23f - 0x1.8p23f; }
+template <class T>
+T nearest(T x) {
+  return x + 0x1.8p23f - 0x1.8p23f;
+}
 
-float number(float weight, float inverse) {
-  const float n = nearest(weight * inverse), below_32 = n < 31.0f ? n : 31.0f;
+template <class T>
+T number(T weight, T inverse) {
+  const T n = nearest(weight * inverse), below_32 = n < 31.0f ? n : 31.0f;
   return below_32 > -32.0f ? below_32 : -32.0f;
 }
 
-// The scale of each part. The weight of largest magnitude becomes about −32; of the candidates around it, each with the
-// scale that fits its numbers best, Σ w n / Σ n², the one with the least Σ (w − scale · n)² is taken.
-void choose_scales(const Block& weights, float (&scales)[kParts]) {
-  float extreme[kParts] = {}, best[kParts] = {};
-  for (size_t i = 0; i < kPartWeights; i++)
-    for (size_t p = 0; p < kParts; p++)
-      extreme[p] = std::fabs(weights.v[i][p]) > std::fabs(extreme[p]) ? weights.v[i][p] : extreme[p];
-  for (size_t p = 0; p < kParts; p++)
-    if (std::fabs(extreme[p]) < kNoWeight) extreme[p] = kInfinity;  // all numbers are 0
-  std::fill(std::begin(scales), std::end(scales), 0.0f);
-  for (int step = -9; step <= 9; step++) {
-    float inverse[kParts], products[kParts] = {}, squares[kParts] = {};
-    for (size_t p = 0; p < kParts; p++) inverse[p] = -(32.0f + 0.1f * static_cast<float>(step)) / extreme[p];
-    for (size_t i = 0; i < kPartWeights; i++)
-      for (size_t p = 0; p < kParts; p++) {
-        const float n = number(weights.v[i][p], inverse[p]);
-        products[p] += weights.v[i][p] * n;
-        squares[p] += n * n;
-      }
-    for (size_t p = 0; p < kParts; p++) {
-      const float scale = products[p] / (squares[p] > 0.0f ? squares[p] : 1.0f), explained = products[p] * scale;
-      scales[p] = explained > best[p] ? scale : scales[p];
-      best[p] = explained > best[p] ? explained : best[p];
-    }
+template <class T>
+T magnitude(T x) {
+  return x > 0.0f ? x : -x;
+}
+
+// The scales of four parts. The weight of largest magnitude becomes about −32; of the candidates around it, each with
+// the scale that fits its numbers best, Σ w n / Σ n², the one with the least Σ (w − scale · n)² is taken.
+Four choose_scales(const float* weights) {
+  Four w[kPartWeights], extreme{}, best{}, scales{};
+  for (size_t i = 0; i < kPartWeights; i++) {
+    w[i] = Four{weights[i], weights[kPartWeights + i], weights[2 * kPartWeights + i], weights[3 * kPartWeights + i]};
+    extreme = magnitude(w[i]) > magnitude(extreme) ? w[i] : extreme;
   }
+  extreme = magnitude(extreme) < kNoWeight ? kInfinity : extreme;  // all numbers are 0
+  for (int step = -9; step <= 9; step++) {
+    const Four inverse = -(32.0f + 0.1f * static_cast<float>(step)) / extreme;
+    Four products{}, squares{};
+    for (const Four& weight : w) {
+      const Four n = number(weight, inverse);
+      products += weight * n;
+      squares += n * n;
+    }
+    const Four scale = products / (squares > 0.0f ? squares : 1.0f), explained = products * scale;
+    scales = explained > best ? scale : scales;
+    best = explained > best ? explained : best;
+  }
+  return scales;
 }
 
 bool quantize_q6_block(const float* weights, uint8_t* out) {
-  Block block;
-  for (size_t p = 0; p < kParts; p++)
-    for (size_t i = 0; i < kPartWeights; i++) block.v[i][p] = weights[p * kPartWeights + i];
   float scales[kParts];
-  choose_scales(block, scales);
+  for (size_t p = 0; p < kParts; p += 4) {
+    const Four four = choose_scales(weights + p * kPartWeights);
+    std::memcpy(scales + p, &four, sizeof four);
+  }
   const float extreme = *std::max_element(std::begin(scales), std::end(scales),
                                           [](float a, float b) { return std::fabs(a) < std::fabs(b); });
   const uint16_t half = float_to_half(extreme / -128.0f);
