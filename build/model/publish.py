@@ -23,7 +23,7 @@ from verify import HERE, PACK_VERSION_KEY, contents, engine, perplexity
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
-PACK_VERSION = 1  # kPackVersion of build/cli/src/pack.h
+PACK_VERSION = 2  # kPackVersion of build/cli/src/gguf.h
 PACKED = HERE.parent / "out" / "model"
 PART_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**20

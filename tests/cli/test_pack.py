@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+import resource
+import signal
 import struct
 import zlib
 from pathlib import Path
 
+import gguf
 import numpy as np
 import pytest
 
@@ -15,11 +18,13 @@ from convert import convert
 from synthesize import synthesize
 from tests.cli.bitnet import Bitnet
 from tests.golden.random_models import RANDOM_MODELS, RandomModel, write_checkpoint
+from tests.golden.reference import read_gguf
 
 TOKENS = ",".join(str(token) for token in (1, 7, 200, 31, 299, 5, 5, 64))
 
 # Rows of whole units of five blocks (640), of units and a rest (768 and 896), and of less than a unit.
 WIDE = RandomModel(11, 400, 640, 768, 2, 5, 1)
+WIDE_Q6_K = RandomModel(13, 400, 768, 768, 2, 6, 1)  # whose rows are multiples of 256
 MODELS = RANDOM_MODELS | {"wide": WIDE, "wider": RandomModel(12, 333, 896, 1280, 1, 7, 7, tie_word_embeddings=False)}
 
 
@@ -28,14 +33,29 @@ def logits(bitnet: Bitnet, model: Path, output: Path, *options: str) -> bytes:
     return output.read_bytes()
 
 
-def data_start(gguf: bytes, tensor_infos: int) -> int:
-    """Where the data section begins; `tensor_infos`: where the keys end."""
-    (n_tensors,) = struct.unpack_from("<Q", gguf, 8)
-    at = tensor_infos
+def checksums(packed: bytes) -> tuple[list[int], int]:
+    """The CRC-32 of each chunk, and where this last key of the header ends."""
+    key = packed.index(b"bitnet.pack.chunk_crc32") + len(b"bitnet.pack.chunk_crc32")
+    n = int.from_bytes(packed[key + 8 : key + 16], "little")
+    return np.frombuffer(packed, "<u4", n, key + 16).tolist(), key + 16 + 4 * n
+
+
+def data_start(packed: bytes) -> int:
+    """Where the data section begins."""
+    (n_tensors,) = struct.unpack_from("<Q", packed, 8)
+    _, at = checksums(packed)
     for _ in range(n_tensors):
-        at += 8 + int.from_bytes(gguf[at : at + 8], "little")  # name
-        at += 4 + 8 * int.from_bytes(gguf[at : at + 4], "little") + 4 + 8  # dimensions, type, offset
+        at += 8 + int.from_bytes(packed[at : at + 8], "little")  # name
+        at += 4 + 8 * int.from_bytes(packed[at : at + 4], "little") + 4 + 8  # dimensions, type, offset
     return -(-at // 32) * 32
+
+
+def tensor_of(path: Path, name: str) -> gguf.ReaderTensor:
+    return next(tensor for tensor in read_gguf(path).tensors if tensor.name == name)
+
+
+def embedding(path: Path) -> gguf.ReaderTensor:
+    return tensor_of(path, "token_embd.weight")
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -51,13 +71,45 @@ def test_logits_have_the_bits_of_a_file_with_the_same_output_matrix(bitnet: Bitn
             assert logits(bitnet, packed, tmp_path / "logits", *options) == expected
 
 
-def test_six_bits_are_close(bitnet: Bitnet, tmp_path: Path) -> None:
+def test_eight_bits_are_those_of_ggml(bitnet: Bitnet, tmp_path: Path) -> None:
+    """Of the gguf package, which quantises as ggml does."""
     write_checkpoint(WIDE, tmp_path / "checkpoint")
+    for name in ("f32", "q8_0"):
+        convert(tmp_path / "checkpoint", tmp_path / f"{name}.gguf", name)
+        bitnet("pack", "--model", tmp_path / f"{name}.gguf", "--output", tmp_path / f"{name}.packed.gguf")
+    expected = embedding(tmp_path / "q8_0.gguf").data.tobytes()
+    for name in ("f32", "q8_0"):  # quantised by ourselves, and taken over as it is
+        packed = (tmp_path / f"{name}.packed.gguf").read_bytes()
+        assert packed[data_start(packed) :].startswith(expected)
+
+
+def test_six_bits_are_close(bitnet: Bitnet, tmp_path: Path) -> None:
+    """By the gguf package's decoder, and by ours."""
+    write_checkpoint(WIDE_Q6_K, tmp_path / "checkpoint")
     convert(tmp_path / "checkpoint", tmp_path / "f32.gguf", "f32")
-    exact = np.frombuffer(logits(bitnet, tmp_path / "f32.gguf", tmp_path / "logits"), np.float32)
     bitnet("pack", "--model", tmp_path / "f32.gguf", "--output", tmp_path / "6.gguf", "--output-bits", 6)
+    weights = embedding(tmp_path / "f32.gguf").data
+    packed = (tmp_path / "6.gguf").read_bytes()
+    n_rows, n_columns = weights.shape
+    row_bytes = n_columns // 256 * 210
+    rows = np.frombuffer(packed, np.uint8, n_rows * row_bytes, data_start(packed)).reshape(n_rows, row_bytes)
+    difference = gguf.quants.dequantize(rows, gguf.GGMLQuantizationType.Q6_K) - weights
+    assert 0 < np.sqrt(np.mean(difference**2)) < 0.018 * np.sqrt(np.mean(weights**2))
+
+    exact = np.frombuffer(logits(bitnet, tmp_path / "f32.gguf", tmp_path / "logits"), np.float32)
     difference = np.frombuffer(logits(bitnet, tmp_path / "6.gguf", tmp_path / "logits"), np.float32) - exact
     assert 0 < np.sqrt(np.mean(difference**2)) < 0.06 * np.sqrt(np.mean(exact**2))
+
+
+def test_six_bits_that_are_there_are_kept(bitnet: Bitnet, tmp_path: Path) -> None:
+    write_checkpoint(WIDE_Q6_K, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", tmp_path / "f32.gguf", "f32")
+    bitnet("pack", "--model", tmp_path / "f32.gguf", "--output", tmp_path / "6.gguf", "--output-bits", 6)
+    packed = (tmp_path / "6.gguf").read_bytes()
+    (tmp_path / "q6_k.gguf").write_bytes(packed.replace(b"bitnet.pack.", b"another.key."))  # not taken for packed
+    bitnet("pack", "--model", tmp_path / "q6_k.gguf", "--output", tmp_path / "again.gguf", "--output-bits", 6)
+    again = (tmp_path / "again.gguf").read_bytes()
+    assert again[data_start(again) :] == packed[data_start(packed) :]
 
 
 def test_text_is_that_of_the_whole_output_matrix(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:
@@ -89,12 +141,10 @@ def test_sizes_and_checksums(bitnet: Bitnet, tmp_path: Path) -> None:
     information = bitnet("info", tmp_path / "packed.gguf").decode()
     assert "TRITS" in information
     assert "bitnet.pack.chunk_crc32" in information
-    key = packed.index(b"bitnet.pack.chunk_crc32") + len(b"bitnet.pack.chunk_crc32")
-    n = int.from_bytes(packed[key + 8 : key + 16], "little")
-    sums = np.frombuffer(packed, "<u4", n, key + 16)
+    sums, _ = checksums(packed)
     chunk = 8 << 20
-    data = data_start(packed, key + 16 + 4 * n)
-    assert [zlib.crc32(packed[start : start + chunk]) for start in range(data, len(packed), chunk)] == sums.tolist()
+    assert len(sums) > 1
+    assert [zlib.crc32(packed[at : at + chunk]) for at in range(data_start(packed), len(packed), chunk)] == sums
 
 
 def test_what_cannot_be_packed(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:
@@ -110,3 +160,63 @@ def test_what_cannot_be_packed(bitnet: Bitnet, tmp_path: Path, demo_model: Path)
         code, message = bitnet.error("pack", "--model", demo_model, "--output", tmp_path / name)
         assert (code, message) == (4, f"{tmp_path / name}: cannot be written: not a regular file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "packed.gguf", "pipe"]
+
+
+def test_rows_that_six_bits_do_not_take(bitnet: Bitnet, tmp_path: Path) -> None:
+    write_checkpoint(WIDE, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", tmp_path / "f32.gguf", "f32")
+    code, message = bitnet.error("pack", "-m", tmp_path / "f32.gguf", "-o", tmp_path / "6.gguf", "--output-bits", 6)
+    assert code == 8
+    assert "tensor token_embd.weight has rows of 640 weights; 6 bits take multiples of 256" in message
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "f32.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("token_embd.weight", "has a weight that is not finite, or too large for its scale"),
+        ("blk.1.attn_output.weight", "has a code 3, which stands for no weight"),
+    ],
+)
+def test_weights_that_cannot_be_packed(bitnet: Bitnet, tmp_path: Path, name: str, says: str) -> None:
+    """They are found when some of the file may be written, of which nothing stays."""
+    model = tmp_path / "model.gguf"
+    write_checkpoint(WIDE, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", model, "f32")
+    damaged = bytearray(model.read_bytes())
+    start = tensor_of(model, name).data_offset
+    damaged[start : start + 4] = b"\xff\xff\xff\xff"  # NaN, and codes 3
+    model.write_bytes(damaged)
+    code, message = bitnet.error("pack", "--model", model, "--output", tmp_path / "packed.gguf")
+    assert (code, message) == (9, f"{model}: tensor {name} {says}")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model.gguf"]
+
+
+def test_an_interrupted_pack_leaves_what_was_there(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:
+    """The kernel ends it where the file would grow past a limit."""
+    packed = tmp_path / "packed.gguf"
+    packed.write_bytes(b"what was there")
+
+    def limit_files() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20))
+
+    run = bitnet.run("pack", "--model", demo_model, "--output", packed, preexec_fn=limit_files)
+    assert run.returncode == -signal.SIGXFSZ
+    assert packed.read_bytes() == b"what was there"
+    bitnet("pack", "--model", demo_model, "--output", packed)
+    assert b"bitnet.pack.version" in packed.read_bytes()
+    assert [path.name for path in tmp_path.iterdir()] == ["packed.gguf"]
+
+
+def test_another_version_of_packed_files_is_refused(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:
+    bitnet("pack", "--model", demo_model, "--output", tmp_path / "packed.gguf")
+    packed = bytearray((tmp_path / "packed.gguf").read_bytes())
+    value = packed.index(b"bitnet.pack.version") + len(b"bitnet.pack.version") + 4
+    assert packed[value] == 2
+    packed[value] = 1
+    (tmp_path / "old.gguf").write_bytes(packed)
+    expected = f'{tmp_path / "old.gguf"}: key "bitnet.pack.version": version 1, this program reads version 2: '
+    for command in (("generate", "--prompt", "a"), ("pack", "--output", tmp_path / "again.gguf"), ("perplexity",)):
+        arguments = (*command, "--file", demo_model) if command == ("perplexity",) else command
+        code, message = bitnet.error(*arguments, "--model", tmp_path / "old.gguf")
+        assert (code, message) == (8, expected + "pack the original again")

@@ -73,14 +73,14 @@ def test_from_the_hub_to_the_function(s3: S3, hub: Hub, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     (uri,) = done.stdout.split()
     sha256 = hashlib.sha256(hub.body).hexdigest()
-    assert uri == f"s3://models/models/tales-{sha256[:12]}-layout1-8bit.gguf"
+    assert uri == f"s3://models/models/tales-{sha256[:12]}-layout2-8bit.gguf"
     head = s3.client().head_object(Bucket="models", Key=uri.removeprefix("s3://models/"), ChecksumMode="ENABLED")
     packed = next((tmp_path / "packed").glob("*.gguf")).read_bytes()
     assert head["Metadata"] == {
         "source": f"{REPOSITORY}@{COMMIT}",
         "source-sha256": sha256,
         "sha256": hashlib.sha256(packed).hexdigest(),
-        "layout-version": "1",
+        "layout-version": "2",
         "output-bits": "8",
     }
     assert head["ChecksumCRC64NVME"]

@@ -97,7 +97,7 @@ def test_a_packed_model(engine_path: Path, demo_model: Path, expected: dict[str,
     subprocess.run([engine_path, "pack", "--model", demo_model, "--output", packed], check=True)
     done = verify(packed, expected, tmp_path)
     assert done.returncode == 0, done.stdout
-    assert "bytes, packed (layout 1)" in done.stdout
+    assert "bytes, packed (layout 2)" in done.stdout
 
 
 @pytest.mark.usefixtures("engine_path")

@@ -81,16 +81,13 @@ struct TensorTypeTraits {
 };
 
 // I2_S: blocks of 128 two-bit codes, then for the whole tensor a float32 scale and 28 bytes of padding.
-constexpr std::array<TensorTypeTraits, 10> kTensorTypes = {{{TensorType::kF32, "F32", 1, 4, 0},
-                                                            {TensorType::kF16, "F16", 1, 2, 0},
-                                                            {TensorType::kQ8_0, "Q8_0", 32, 34, 0},
-                                                            {TensorType::kQ6_K, "Q6_K", 256, 210, 0},
-                                                            {TensorType::kBF16, "BF16", 1, 2, 0},
-                                                            {TensorType::kI2_S, "I2_S", 128, 32, 32},
-                                                            {TensorType::kTrits, "TRITS", 128, 128, 32, 5},
-                                                            {TensorType::kHigh4, "HIGH4", 64, 36, 0},
-                                                            {TensorType::kLow4, "LOW4", 64, 32, 0},
-                                                            {TensorType::kLow2, "LOW2", 128, 32, 0}}};
+constexpr std::array<TensorTypeTraits, 7> kTensorTypes = {{{TensorType::kF32, "F32", 1, 4, 0},
+                                                           {TensorType::kF16, "F16", 1, 2, 0},
+                                                           {TensorType::kQ8_0, "Q8_0", 32, 34, 0},
+                                                           {TensorType::kQ6_K, "Q6_K", 256, 210, 0},
+                                                           {TensorType::kBF16, "BF16", 1, 2, 0},
+                                                           {TensorType::kI2_S, "I2_S", 128, 32, 32},
+                                                           {TensorType::kTrits, "TRITS", 128, 128, 32, 5}}};
 
 const TensorTypeTraits* find_traits(TensorType type) {
   const auto found = std::find_if(kTensorTypes.begin(), kTensorTypes.end(),
@@ -420,6 +417,12 @@ void GgufFile::read() {
     values_.emplace_back(key, value);
   }
   key_bytes_ = {first_key, reader.here()};
+  if (const uint64_t version = find_uint(kPackVersionKey).value_or(kPackVersion); version != kPackVersion) {
+    fail(kPackVersionKey,
+         "version " + std::to_string(version) + ", this program reads version " + std::to_string(kPackVersion) +
+             ": pack the original again",
+         ExitCode::kUnsupportedModel);
+  }
 
   const uint64_t alignment = find_uint(kAlignmentKey).value_or(kDefaultAlignment);
   if (!std::has_single_bit(alignment) || alignment < kMinAlignment || alignment > kMaxAlignment) {

@@ -18,7 +18,11 @@
 
 namespace bitnet {
 
-// From 9000 on: the types of packed files (pack.h).
+// Packed files (pack.h) say under this key which version of them they are; this program reads one.
+inline constexpr std::string_view kPackVersionKey = "bitnet.pack.version";
+inline constexpr unsigned kPackVersion = 2;
+
+// From 9000 on: types of packed files.
 enum class TensorType : uint32_t {
   kF32 = 0,
   kF16 = 1,
@@ -27,9 +31,6 @@ enum class TensorType : uint32_t {
   kBF16 = 30,
   kI2_S = 36,
   kTrits = 9000,
-  kHigh4 = 9001,
-  kLow4 = 9002,
-  kLow2 = 9003,
 };
 
 std::string_view name_of(TensorType type);
@@ -47,8 +48,9 @@ using GgufStrings = std::vector<std::string_view>;
 
 class GgufFile {
  public:
-  // Throws Error: kFileUnreadable, kFileTruncated, kNotGguf, kGgufVersion, kUnsupportedModel (a tensor type this
-  // program does not know), kInvalidModel (names twice, impossible counts or shapes, misaligned tensors).
+  // Throws Error: kFileUnreadable, kFileTruncated, kNotGguf, kGgufVersion, kUnsupportedModel (a tensor type or a
+  // version of packed files that this program does not know), kInvalidModel (names twice, impossible counts or shapes,
+  // misaligned tensors).
   explicit GgufFile(const std::string& path);
   ~GgufFile();
   GgufFile(GgufFile&& other) noexcept;

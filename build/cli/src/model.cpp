@@ -10,7 +10,6 @@
 
 #include "elementary.h"
 #include "error.h"
-#include "pack.h"
 #include "rounding.h"
 
 namespace bitnet {
@@ -80,7 +79,7 @@ TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows
 
 FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
   const Tensor* tensor = find(file, name, {cols, rows});
-  FloatRows out{RowType::kF32, reinterpret_cast<const uint8_t*>(tensor->bytes.data()), nullptr, rows, cols};
+  FloatRows out{RowType::kF32, reinterpret_cast<const uint8_t*>(tensor->bytes.data()), rows, cols};
   switch (tensor->type) {
     case TensorType::kF32:
       break;
@@ -96,18 +95,8 @@ FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, siz
     case TensorType::kQ6_K:
       out.type = RowType::kQ6_K;
       break;
-    case TensorType::kHigh4: {
-      const Tensor* low = find(file, name + kLowPlaneSuffix, {cols, rows});
-      if (low->type != TensorType::kLow4 && low->type != TensorType::kLow2) wrong_type(file, *low, "LOW4 or LOW2");
-      out.type = low->type == TensorType::kLow4 ? RowType::kSplit8 : RowType::kSplit6;
-      out.low = reinterpret_cast<const uint8_t*>(low->bytes.data());
-      if (cols / kScaleBlock > kMaxScreenBlocks)
-        invalid(file, "tensor " + name + " has rows of " + std::to_string(cols) +
-                          " weights, the split types take at most " + std::to_string(kMaxScreenBlocks * kScaleBlock));
-      break;
-    }
     default:
-      wrong_type(file, *tensor, "F32, F16, BF16, Q8_0, Q6_K or HIGH4");
+      wrong_type(file, *tensor, "F32, F16, BF16, Q8_0 or Q6_K");
   }
   return out;
 }

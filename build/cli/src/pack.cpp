@@ -6,10 +6,11 @@
 #include <zlib.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cerrno>
-#include <cmath>
 #include <cstring>
-#include <memory>
+#include <functional>
+#include <optional>
 #include <span>
 #include <system_error>
 #include <utility>
@@ -17,9 +18,12 @@
 
 #include "error.h"
 #include "gguf.h"
-#include "kernels/half.h"
 #include "kernels/kernels.h"
+#include "machine.h"
 #include "model.h"
+#include "quantize.h"
+#include "rounding.h"
+#include "thread_pool.h"
 
 namespace bitnet {
 namespace {
@@ -47,136 +51,103 @@ uint8_t base3(uint8_t codes) {
   return static_cast<uint8_t>((codes >> 6) * 27 + (codes >> 4 & 3) * 9 + (codes >> 2 & 3) * 3 + (codes & 3));
 }
 
-size_t trit_bytes(const TernaryMatrix& w) {
-  return w.rows * TernaryRows{TernaryType::kTrits, nullptr, w.rows, w.cols}.row_bytes();
-}
-
-Bytes pack_ternary(const GgufFile& file, const std::string& name, const TernaryMatrix& w) {
-  Bytes out(trit_bytes(w) + kTailBytes, 0);
-  uint8_t* packed = out.data();
-  for (size_t r = 0; r < w.rows; r++)
-    for (size_t done = 0; done < w.cols / 4; done += kCodeUnit, packed += kTritUnit) {
-      uint8_t codes[kCodeUnit] = {};
-      std::memcpy(codes, w.data + r * (w.cols / 4) + done, std::min(sizeof codes, w.cols / 4 - done));
-      for (const uint8_t byte : codes)
-        if ((byte & byte >> 1 & 0x55) != 0)
-          throw Error(ExitCode::kInvalidModel,
-                      file.path() + ": tensor " + name + " has a code 3, which stands for no weight");
-      for (size_t i = 0; i < 4; i++)
-        for (size_t p = 0; p < 32; p++)
-          packed[i * 32 + p] =
-              static_cast<uint8_t>(base3(codes[i * 32 + p]) + 81 * (codes[128 + p] >> (6 - 2 * i) & 3));
-    }
-  std::memcpy(packed, &w.scale, sizeof w.scale);
-  return out;
-}
-
-struct Planes {
-  Bytes high, low;
-};
-
-// One row of whole numbers below 2^bits, `zero` meaning 0, and their scales, appended to the planes.
-void split_row(std::span<const uint8_t> numbers, std::span<const uint16_t> scales, unsigned bits, Planes& out) {
-  const size_t high_at = out.high.size(), cols = numbers.size(), scale_bytes = scales.size_bytes(),
-               low_at = out.low.size();
-  out.high.resize(high_at + scale_bytes + cols / 2);
-  out.low.resize(low_at + cols * (bits - 4) / 8);
-  std::memcpy(&out.high[high_at], scales.data(), scale_bytes);
-  uint8_t* high = &out.high[high_at + scale_bytes];
-  uint8_t* low = &out.low[low_at];
-  for (size_t i = 0; i < cols; i++) {
-    high[i / 64 * 32 + i % 32] |= static_cast<uint8_t>(numbers[i] >> (bits - 4) << (i / 32 % 2 * 4));
-    if (bits == 8)
-      low[i / 64 * 32 + i % 32] |= static_cast<uint8_t>((numbers[i] & 15) << (i / 32 % 2 * 4));
-    else
-      low[i / 128 * 32 + i % 32] |= static_cast<uint8_t>((numbers[i] & 3) << (i / 32 % 4 * 2));
+// One row of codes as trits. False for a code that stands for no weight.
+bool pack_row(const uint8_t* codes, size_t n_bytes, uint8_t* out) {
+  for (size_t done = 0; done < n_bytes; done += kCodeUnit, out += kTritUnit) {
+    uint8_t unit[kCodeUnit] = {};
+    std::memcpy(unit, codes + done, std::min(sizeof unit, n_bytes - done));
+    for (const uint8_t byte : unit)
+      if ((byte & byte >> 1 & 0x55) != 0) return false;
+    for (size_t i = 0; i < 4; i++)
+      for (size_t p = 0; p < 32; p++)
+        out[i * 32 + p] = static_cast<uint8_t>(base3(unit[i * 32 + p]) + 81 * (unit[128 + p] >> (6 - 2 * i) & 3));
   }
+  return true;
 }
 
-Planes split(const FloatRows& w, unsigned bits) {
-  Planes out;
-  const bool exact = w.type == RowType::kQ8_0 && bits == 8;
-  const float most = bits == 8 ? 127.0f : 31.0f, zero = bits == 8 ? 128.0f : 32.0f;
-  std::vector<float> row(w.cols);
-  std::vector<uint8_t> numbers(w.cols);
-  std::vector<uint16_t> scales(w.cols / kScaleBlock);
-  for (size_t r = 0; r < w.rows; r++) {
-    if (exact) {
-      const uint8_t* blocks = w.slice(r, 1).data;
-      for (size_t b = 0; b < scales.size(); b++) {
-        std::memcpy(&scales[b], blocks + b * 34, sizeof(uint16_t));
-        for (size_t i = 0; i < kScaleBlock; i++)
-          numbers[b * kScaleBlock + i] = static_cast<uint8_t>(blocks[b * 34 + 2 + i] + 128);
-      }
-    } else {
-      decode_row(w, r, row.data());
-      for (size_t b = 0; b < scales.size();
-           b++) {  // as ggml quantises Q8_0: largest magnitude → 127, halves away from zero
-        const std::span<const float> block(&row[b * kScaleBlock], kScaleBlock);
-        float largest = 0.0f;
-        for (const float x : block) largest = std::max(largest, std::fabs(x));
-        const float scale = largest / most, inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
-        scales[b] = float_to_half(scale);
-        for (size_t i = 0; i < kScaleBlock; i++)
-          numbers[b * kScaleBlock + i] =
-              static_cast<uint8_t>(std::clamp(std::round(block[i] * inverse), -zero, zero - 1.0f) + zero);
-      }
-    }
-    split_row(numbers, scales, bits, out);
-  }
-  return out;
-}
-
+// Rows that are made one by one, in any order, and at the end of ternary ones the scale.
 struct OutputTensor {
   std::string name;
   TensorType type;
   std::vector<uint64_t> shape;
-  Bytes bytes;
+  size_t n_rows, row_bytes;
+  std::function<bool(size_t row, float* scratch, uint8_t* out)> make_row;  // scratch: (shape[0])
+  std::string obstacle;                                                    // why a row cannot be made
+  std::optional<float> scale;
   uint64_t offset = 0;
+
+  size_t bytes() const { return n_rows * row_bytes + (scale ? kTailBytes : 0); }
 };
+
+OutputTensor copied(const std::string& name, TensorType type, const std::vector<uint64_t>& shape, const uint8_t* data,
+                    size_t n_rows, size_t row_bytes, std::optional<float> scale = {}) {
+  const auto make_row = [=](size_t row, float*, uint8_t* out) {
+    std::memcpy(out, data + row * row_bytes, row_bytes);
+    return true;
+  };
+  return {name, type, shape, n_rows, row_bytes, make_row, "", scale};
+}
+
+OutputTensor ternary(const std::string& name, const TernaryMatrix& w) {
+  const std::vector<uint64_t> shape{w.cols, w.rows};
+  const size_t from_bytes = w.all().row_bytes();
+  const size_t to_bytes = TernaryRows{TernaryType::kTrits, nullptr, w.rows, w.cols}.row_bytes();
+  if (w.type == TernaryType::kTrits || to_bytes >= from_bytes)  // short rows do not fill a unit
+    return copied(name, w.type == TernaryType::kTrits ? TensorType::kTrits : TensorType::kI2_S, shape, w.data, w.rows,
+                  from_bytes, w.scale);
+  const auto make_row = [=](size_t row, float*, uint8_t* out) {
+    return pack_row(w.data + row * from_bytes, from_bytes, out);
+  };
+  return {name,   TensorType::kTrits, shape, w.rows, to_bytes, make_row, "has a code 3, which stands for no weight",
+          w.scale};
+}
+
+OutputTensor quantized(const GgufFile& file, const std::string& name, const FloatRows& w, unsigned bits) {
+  const std::vector<uint64_t> shape{w.cols, w.rows};
+  const TensorType type = bits == 8 ? TensorType::kQ8_0 : TensorType::kQ6_K;
+  const RowType row_type = bits == 8 ? RowType::kQ8_0 : RowType::kQ6_K;
+  const size_t multiple = bits == 8 ? kQ8Block : kQ6Block, to_bytes = row_bytes(row_type, w.cols);
+  if (w.cols % multiple != 0)
+    throw Error(ExitCode::kUnsupportedModel, file.path() + ": tensor " + name + " has rows of " +
+                                                 std::to_string(w.cols) + " weights; " + std::to_string(bits) +
+                                                 " bits take multiples of " + std::to_string(multiple));
+  if (w.type == row_type) return copied(name, type, shape, w.data, w.rows, to_bytes);
+  const auto make_row = [=](size_t row, float* scratch, uint8_t* out) {
+    decode_row(w, row, scratch);
+    const std::span<const float> weights(scratch, w.cols);
+    return bits == 8 ? quantize_q8_0(weights, out) : quantize_q6_k(weights, out);
+  };
+  return {name, type, shape, w.rows, to_bytes, make_row, "has a weight that is not finite, or too large for its scale",
+          {}};
+}
 
 std::vector<OutputTensor> packed_tensors(const GgufFile& file, const Model& model, unsigned bits) {
   std::vector<OutputTensor> out;
   const auto copy = [&](const std::string& name) {
     const Tensor& tensor = *file.find_tensor(name);
-    const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor.bytes.data());
-    out.push_back({name, tensor.type, tensor.shape, Bytes(data, data + tensor.bytes.size())});
+    out.push_back(copied(name, tensor.type, tensor.shape, reinterpret_cast<const uint8_t*>(tensor.bytes.data()), 1,
+                         tensor.bytes.size()));
   };
-  const auto add_split = [&](const std::string& name, const FloatRows& w) {
-    if (w.cols % (2 * kScaleBlock) != 0 || w.cols / kScaleBlock > kMaxScreenBlocks)
-      throw Error(ExitCode::kUnsupportedModel, file.path() + ": tensor " + name + " has rows of " +
-                                                   std::to_string(w.cols) +
-                                                   " weights; packing takes multiples of 128 up to " +
-                                                   std::to_string(kMaxScreenBlocks * kScaleBlock));
-    Planes planes = split(w, bits);
-    const std::vector<uint64_t> shape{w.cols, w.rows};
-    out.push_back({name, TensorType::kHigh4, shape, std::move(planes.high)});
-    out.push_back(
-        {name + kLowPlaneSuffix, bits == 8 ? TensorType::kLow4 : TensorType::kLow2, shape, std::move(planes.low)});
-  };
-  const auto add_ternary = [&](const std::string& name, const TernaryMatrix& w) {
-    if (trit_bytes(w) >= w.bytes()) return copy(name);  // short rows, that do not fill a unit
-    out.push_back({name, TensorType::kTrits, {w.cols, w.rows}, pack_ternary(file, name, w)});
-  };
-  add_split("token_embd.weight", model.token_embedding());
+  const auto add = [&](const std::string& name, const TernaryMatrix& w) { out.push_back(ternary(name, w)); };
+  out.push_back(quantized(file, "token_embd.weight", model.token_embedding(), bits));
   for (size_t i = 0; i < model.layers().size(); i++) {
     const Layer& layer = model.layers()[i];
     const std::string block = "blk." + std::to_string(i) + ".";
     copy(block + "attn_norm.weight");
-    add_ternary(block + "attn_q.weight", layer.q);
-    add_ternary(block + "attn_k.weight", layer.k);
-    add_ternary(block + "attn_v.weight", layer.v);
+    add(block + "attn_q.weight", layer.q);
+    add(block + "attn_k.weight", layer.k);
+    add(block + "attn_v.weight", layer.v);
     copy(block + "attn_sub_norm.weight");
-    add_ternary(block + "attn_output.weight", layer.attn_output);
+    add(block + "attn_output.weight", layer.attn_output);
     copy(block + "ffn_norm.weight");
-    add_ternary(block + "ffn_gate.weight", layer.gate);
-    add_ternary(block + "ffn_up.weight", layer.up);
+    add(block + "ffn_gate.weight", layer.gate);
+    add(block + "ffn_up.weight", layer.up);
     copy(block + "ffn_sub_norm.weight");
-    add_ternary(block + "ffn_down.weight", layer.down);
+    add(block + "ffn_down.weight", layer.down);
   }
   copy("output_norm.weight");
   if (file.find_tensor("rope_freqs.weight")) copy("rope_freqs.weight");
-  if (file.find_tensor("output.weight")) add_split("output.weight", model.output());
+  if (file.find_tensor("output.weight")) out.push_back(quantized(file, "output.weight", model.output(), bits));
   return out;
 }
 
@@ -197,12 +168,13 @@ class OutputFile {
   OutputFile(const OutputFile&) = delete;
   OutputFile& operator=(const OutputFile&) = delete;
 
-  void write(std::span<const uint8_t> bytes) {
+  void write(std::span<const uint8_t> bytes, uint64_t offset) {
     while (!bytes.empty()) {
-      const ssize_t n = ::write(fd_, bytes.data(), bytes.size());
+      const ssize_t n = pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
       if (n < 0 && errno == EINTR) continue;
       if (n < 0) fail();
       bytes = bytes.subspan(static_cast<size_t>(n));
+      offset += static_cast<uint64_t>(n);
     }
   }
   void finish() {
@@ -220,37 +192,33 @@ class OutputFile {
   bool finished_ = false;
 };
 
-}  // namespace
+// What stands behind the header, written one piece after another, and the checksums of its chunks.
+class DataSection {
+ public:
+  DataSection(OutputFile& out, uint64_t start) : out_(out), start_(start) {}
 
-void pack(const std::string& input, const std::string& output, unsigned output_bits) {
-  const GgufFile file(input);
-  if (file.find_uint("bitnet.pack.version")) throw Error(ExitCode::kUnsupportedModel, input + ": is packed already");
-  const Model model(file);
-  std::vector<OutputTensor> tensors = packed_tensors(file, model, output_bits);
-
-  const uint64_t alignment = file.find_uint("general.alignment").value_or(32);
-  const auto aligned = [alignment](uint64_t n) { return (n + alignment - 1) / alignment * alignment; };
-  uint64_t data_size = 0;
-  for (OutputTensor& tensor : tensors) {
-    tensor.offset = data_size;
-    data_size = aligned(data_size + tensor.bytes.size());
-  }
-  std::vector<uint32_t> checksums;
-  size_t in_chunk = 0;
-  const auto checksum = [&](std::span<const uint8_t> bytes) {
+  void write(std::span<const uint8_t> bytes) {
+    out_.write(bytes, start_ + size_);
     while (!bytes.empty()) {
-      if (in_chunk == 0) checksums.push_back(static_cast<uint32_t>(crc32(0, nullptr, 0)));
-      const size_t n = std::min(bytes.size(), kPackChunkBytes - in_chunk);
-      checksums.back() = static_cast<uint32_t>(crc32(checksums.back(), bytes.data(), static_cast<uInt>(n)));
-      in_chunk = (in_chunk + n) % kPackChunkBytes;
+      const size_t in_chunk = size_ % kPackChunkBytes, n = std::min(bytes.size(), kPackChunkBytes - in_chunk);
+      if (in_chunk == 0) checksums_.push_back(0);
+      checksums_.back() = static_cast<uint32_t>(crc32(checksums_.back(), bytes.data(), static_cast<uInt>(n)));
+      size_ += n;
       bytes = bytes.subspan(n);
     }
-  };
-  for (OutputTensor& tensor : tensors) {
-    tensor.bytes.insert(tensor.bytes.end(), aligned(tensor.bytes.size()) - tensor.bytes.size(), 0);
-    checksum(tensor.bytes);
   }
+  uint64_t size() const { return size_; }
+  std::span<const uint32_t> checksums() const { return checksums_; }
 
+ private:
+  OutputFile& out_;
+  uint64_t start_, size_ = 0;
+  std::vector<uint32_t> checksums_;
+};
+
+uint64_t alignment_of(const GgufFile& file) { return file.find_uint("general.alignment").value_or(32); }
+
+Bytes header_of(const GgufFile& file, std::span<const OutputTensor> tensors, std::span<const uint32_t> checksums) {
   Bytes header;
   put(header, kMagic);
   put(header, uint32_t{3});
@@ -259,7 +227,7 @@ void pack(const std::string& input, const std::string& output, unsigned output_b
   const std::span<const std::byte> keys = file.key_bytes();
   const uint8_t* first = reinterpret_cast<const uint8_t*>(keys.data());
   header.insert(header.end(), first, first + keys.size());
-  put_string(header, "bitnet.pack.version");
+  put_string(header, kPackVersionKey);
   put(header, kU32);
   put(header, uint32_t{kPackVersion});
   put_string(header, "bitnet.pack.chunk_bytes");
@@ -277,11 +245,55 @@ void pack(const std::string& input, const std::string& output, unsigned output_b
     put(header, static_cast<uint32_t>(tensor.type));
     put(header, tensor.offset);
   }
-  header.insert(header.end(), aligned(header.size()) - header.size(), 0);
+  header.resize(round_up(header.size(), alignment_of(file)));
+  return header;
+}
 
+// Rows go to the file some megabytes at a time.
+void write_tensor(const OutputTensor& tensor, const std::string& path, ThreadPool& pool, DataSection& out) {
+  constexpr size_t kBufferBytes = size_t{8} << 20;
+  const size_t at_once = std::min(tensor.n_rows, std::max(kBufferBytes / tensor.row_bytes, size_t{1}));
+  Bytes buffer(at_once * tensor.row_bytes);
+  std::vector<std::vector<float>> scratch(pool.size(), std::vector<float>(tensor.shape.front()));
+  for (size_t row = 0; row < tensor.n_rows; row += at_once) {
+    const size_t n = std::min(at_once, tensor.n_rows - row);
+    std::atomic<bool> made = true;
+    pool.for_each(n, [&](size_t i, size_t thread) {
+      if (!tensor.make_row(row + i, scratch[thread].data(), &buffer[i * tensor.row_bytes])) made = false;
+    });
+    if (!made) throw Error(ExitCode::kInvalidModel, path + ": tensor " + tensor.name + " " + tensor.obstacle);
+    out.write(std::span(buffer).first(n * tensor.row_bytes));
+  }
+  if (tensor.scale) {
+    uint8_t tail[kTailBytes] = {};
+    std::memcpy(tail, &*tensor.scale, sizeof *tensor.scale);
+    out.write(tail);
+  }
+}
+
+}  // namespace
+
+void pack(const std::string& input, const std::string& output, unsigned output_bits) {
+  const GgufFile file(input);
+  if (file.find_uint(kPackVersionKey)) throw Error(ExitCode::kUnsupportedModel, input + ": is packed already");
+  const Model model(file);
+  std::vector<OutputTensor> tensors = packed_tensors(file, model, output_bits);
+  const uint64_t alignment = alignment_of(file);
+  uint64_t data_size = 0;
+  for (OutputTensor& tensor : tensors) {
+    tensor.offset = data_size;
+    data_size = round_up(data_size + tensor.bytes(), alignment);
+  }
+  // The header stands before what it has the checksums of: it is written last.
+  const std::vector<uint32_t> no_checksums(ceil_div(data_size, kPackChunkBytes));
   OutputFile out(output);
-  out.write(header);
-  for (const OutputTensor& tensor : tensors) out.write(tensor.bytes);
+  DataSection data(out, header_of(file, tensors, no_checksums).size());
+  ThreadPool pool(usable_processors());
+  for (const OutputTensor& tensor : tensors) {
+    write_tensor(tensor, input, pool, data);
+    data.write(Bytes(round_up(data.size(), alignment) - data.size(), 0));
+  }
+  out.write(header_of(file, tensors, data.checksums()), 0);
   out.finish();
 }
 

@@ -254,6 +254,16 @@ TEST_CASE("other formats and versions") {
                       {"big-endian"});
 }
 
+TEST_CASE("versions of packed files") {
+  const TemporaryFolder folder;
+  const auto packed = [](uint32_t version) { return GgufBuilder().key("bitnet.pack.version", version).bytes(); };
+  CHECK(GgufFile(folder.write("packed.gguf", packed(kPackVersion))).get_uint(kPackVersionKey) == kPackVersion);
+  for (const uint32_t version : {0U, kPackVersion - 1, kPackVersion + 1})
+    check_bytes_refused(packed(version), ExitCode::kUnsupportedModel,
+                        {"bitnet.pack.version", "version " + std::to_string(version),
+                         "reads version " + std::to_string(kPackVersion), "pack the original again"});
+}
+
 TEST_CASE("counts, lengths and types that cannot be") {
   constexpr uint64_t kHuge = std::numeric_limits<uint64_t>::max();
   const std::string start = "GGUF" + bytes_of<uint32_t>(3);

@@ -286,7 +286,7 @@ TEST_CASE("dot_rows: every type of row, the same bits everywhere, for any number
     for (const size_t n : {1, 3, 6}) {
       const std::vector<float> x = random.floats(n * cols);
       std::vector<float> expected(n * rows), got(n * rows), row(cols);
-      const FloatRows matrix{type, data.data(), nullptr, rows, cols};
+      const FloatRows matrix{type, data.data(), rows, cols};
       kScalarKernels.dot_rows(matrix, x.data(), n, expected.data(), rows);
       for (size_t r = 0; r < rows; r++) {
         decode_row(matrix, r, row.data());

@@ -128,7 +128,6 @@ const Kernels kAvx2Kernels = {
     .attend = avx2::attend,
     .add_attention = avx2::add_attention,
     .divide_attention = avx2::divide_attention,
-    .screen_rows = avx2::screen_rows,
     .sketch_row = avx2::sketch_row,
     .dot_rows = avx2::dot_rows,
 };

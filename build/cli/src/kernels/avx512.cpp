@@ -136,7 +136,6 @@ constexpr Kernels kTable = {
     .attend = avx512::attend,
     .add_attention = avx512::add_attention,
     .divide_attention = avx512::divide_attention,
-    .screen_rows = avx512::screen_rows,
     .sketch_row = avx512::sketch_row,
     .dot_rows = avx512::dot_rows,
 };

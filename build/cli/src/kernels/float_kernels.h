@@ -274,41 +274,65 @@ void divide_attention(const Attention& sum, size_t n_heads, size_t head_dim, flo
       store(out + d, div(load(sum.sums + d), set1(sum.totals[h])));
 }
 
-// Sixteen weights of a row from element i on.
+// Q6_K: 256 weights in 210 bytes: 128 low nibbles' bytes, 64 bytes of high bit pairs, 16 int8 scales, an f16 scale
+// (ggml-quants.c).
+inline void load_q6_k(const uint8_t* __restrict block, F32x16 (&out)[16]) {
+  const uint8_t *low = block, *high = block + 128;
+  alignas(64) int8_t numbers[256];
+  for (int part = 0; part < 2; part++, low += 64, high += 32)
+    for (int i = 0; i < 32; i++) {
+      int8_t* p = numbers + part * 128 + i;
+      p[0] = static_cast<int8_t>(((low[i] & 15) | (high[i] & 3) << 4) - 32);
+      p[32] = static_cast<int8_t>(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
+      p[64] = static_cast<int8_t>((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
+      p[96] = static_cast<int8_t>((low[i + 32] >> 4 | (high[i] >> 6) << 4) - 32);
+    }
+  float scales[16];
+  store(scales, mul(set1_half(block + 208), load_int8(reinterpret_cast<const int8_t*>(block + 192))));
+  for (int v = 0; v < 16; v++) out[v] = mul(set1(scales[v]), load_int8(numbers + v * 16));
+}
+
+// Vectors of weights that are loaded together: what shares a scale.
 template <RowType type>
-inline F32x16 load_weights(const uint8_t* row, const uint8_t* low, size_t cols, size_t i) {
-  if constexpr (type == RowType::kF32) return load(reinterpret_cast<const float*>(row) + i);
-  if constexpr (type == RowType::kF16) return load_half(reinterpret_cast<const uint16_t*>(row) + i);
-  if constexpr (type == RowType::kBF16) return load_bfloat(reinterpret_cast<const uint16_t*>(row) + i);
-  uint16_t scale;
+constexpr size_t kLoaded = type == RowType::kQ8_0   ? 2
+                           : type == RowType::kQ6_K ? 16
+                                                    : 1;
+
+// Weights of a row from element i on.
+template <RowType type>
+inline void load_weights(const uint8_t* row, size_t i, F32x16 (&out)[kLoaded<type>]) {
+  if constexpr (type == RowType::kF32) out[0] = load(reinterpret_cast<const float*>(row) + i);
+  if constexpr (type == RowType::kF16) out[0] = load_half(reinterpret_cast<const uint16_t*>(row) + i);
+  if constexpr (type == RowType::kBF16) out[0] = load_bfloat(reinterpret_cast<const uint16_t*>(row) + i);
   if constexpr (type == RowType::kQ8_0) {  // an f16 scale, then 32 int8
     const uint8_t* block = row + i / 32 * 34;
-    __builtin_memcpy(&scale, block, 2);
-    return mul(set1(half_to_float(scale)), load_int8(reinterpret_cast<const int8_t*>(block + 2 + i % 32)));
+    const F32x16 scale = set1_half(block);
+    const int8_t* numbers = reinterpret_cast<const int8_t*>(block + 2);
+    for (size_t v = 0; v < 2; v++) out[v] = mul(scale, load_int8(numbers + v * kLanes));
   }
-  __builtin_memcpy(&scale, row + i / kScaleBlock * 2, 2);
-  const uint8_t* high = row + cols / kScaleBlock * 2 + i / 64 * 32 + i % 32;
-  const unsigned high_shift = i / 32 % 2 * 4;
-  if constexpr (type == RowType::kSplit8)
-    return mul(set1(half_to_float(scale)), load_split(high, high_shift, low + i / 64 * 32 + i % 32, high_shift, 4));
-  return mul(set1(half_to_float(scale)), load_split(high, high_shift, low + i / 128 * 32 + i % 32, i / 32 % 4 * 2, 2));
+  if constexpr (type == RowType::kQ6_K) load_q6_k(row + i / 256 * 210, out);
 }
 
 template <RowType type, int R>
 inline void dot_group(const FloatRows& w, size_t first, const float* x, float* out) {
-  const size_t stride = row_bytes(type, w.cols), low_stride = low_row_bytes(type, w.cols);
+  constexpr size_t kStep = kLoaded<type> * kLanes, kStepBytes = row_bytes(type, kStep), kLine = 64;
+  const size_t stride = row_bytes(type, w.cols);
   const uint8_t* data = w.data + first * stride;
-  const uint8_t* low = w.low + first * low_stride;
+  const uint8_t* next = data + R * stride;
+  // Several streams, each short, or a single row from anywhere: the processor foresees neither.
+  if (R == 1)
+    for (size_t b = 0; b < stride; b += kLine) __builtin_prefetch(data + b, 0, 3);
   F32x16 acc[R];
   for (int r = 0; r < R; r++) acc[r] = zero();
-  for (size_t i = 0; i < w.cols; i += kLanes) {
-    const F32x16 v = load(x + i);
-    if (R > 1)  // the next rows; several streams, each short, are not foreseen by the processor
-      for (size_t r = 0; r < R; r++) __builtin_prefetch(data + (r + R) * stride + i * stride / w.cols, 0, 3);
-    for (int r = 0; r < R; r++)
-      acc[r] = fma(load_weights<type>(data + static_cast<size_t>(r) * stride, low + static_cast<size_t>(r) * low_stride,
-                                      w.cols, i),
-                   v, acc[r]);
+  for (size_t i = 0; i < w.cols; i += kStep, next += kStepBytes) {
+    if (R > 1)
+      for (size_t r = 0; r < R; r++)
+        for (size_t b = 0; b < kStepBytes; b += kLine) __builtin_prefetch(next + r * stride + b, 0, 3);
+    for (size_t r = 0; r < R; r++) {
+      F32x16 weights[kLoaded<type>];
+      load_weights<type>(data + r * stride, i, weights);
+      for (size_t v = 0; v < kLoaded<type>; v++) acc[r] = fma(weights[v], load(x + i + v * kLanes), acc[r]);
+    }
   }
   for (int r = 0; r < R; r++) out[r] = sum(acc[r]);
 }
@@ -321,91 +345,6 @@ inline void dot_all(const FloatRows& w, const float* x, size_t n_tokens, float* 
     for (size_t t = 0; t < n_tokens; t++) dot_group<type, kGroup>(w, r, x + t * w.cols, out + t * out_stride + r);
   for (; r < w.rows; r++)
     for (size_t t = 0; t < n_tokens; t++) dot_group<type, 1>(w, r, x + t * w.cols, out + t * out_stride + r);
-}
-
-// One row for N vectors; its scales have room for whole vectors.
-template <int N>
-inline void screen_row(const uint8_t* row, size_t n_blocks, float* scales, const Screen* x, float* estimates,
-                       float* deviations, size_t stride) {
-  const uint16_t* halves = reinterpret_cast<const uint16_t*>(row);
-  size_t b = 0;
-  for (; b + kLanes <= n_blocks; b += kLanes) store(scales + b, load_half(halves + b));
-  for (; b < n_blocks; b++) scales[b] = half_to_float(halves[b]);
-  F32x16 correction[N], variance[N], acc[N];
-  for (int t = 0; t < N; t++) correction[t] = variance[t] = acc[t] = zero();
-  for (b = 0; b < n_blocks; b += kLanes) {
-    const F32x16 scale = load(scales + b), square = mul(scale, scale);
-    for (int t = 0; t < N; t++) {
-      correction[t] = fma(scale, load(x[t].corrections + b), correction[t]);
-      variance[t] = fma(square, load(x[t].variances + b), variance[t]);
-    }
-  }
-  const uint8_t* nibbles = row + n_blocks * sizeof(uint16_t);
-  for (b = 0; b < n_blocks; b += 2) {  // lanes 0–7 take the even block, lanes 8–15 the odd one
-    __builtin_prefetch(nibbles + b * 16 + 8192, 0, 3);
-    const F32x16 scale = set_halves(scales[b], scales[b + 1]);
-    for (int t = 0; t < N; t++)
-      acc[t] = fma(nibble_dots(nibbles + b * 16, x[t].values + b * kScaleBlock), scale, acc[t]);
-  }
-  for (size_t t = 0; t < N; t++) {
-    estimates[t * stride] = (sum(acc[t]) - sum(correction[t])) * x[t].unit;
-    deviations[t * stride] = __builtin_sqrtf(sum(variance[t]));
-  }
-}
-
-void screen_rows(const FloatRows& w, const Screen* x, size_t n, float* estimates, float* deviations, size_t stride) {
-  const size_t n_blocks = w.cols / kScaleBlock, row_stride = row_bytes(w.type, w.cols);
-  alignas(64) float scales[kMaxScreenBlocks];
-  for (size_t b = n_blocks / kLanes * kLanes; b < (n_blocks + kLanes - 1) / kLanes * kLanes; b++) scales[b] = 0.0f;
-  for (size_t r = 0; r < w.rows; r++) {
-    const uint8_t* row = w.data + r * row_stride;
-    size_t t = 0;
-    for (; t + 4 <= n; t += 4)
-      screen_row<4>(row, n_blocks, scales, x + t, estimates + t * stride + r, deviations + t * stride + r, stride);
-    for (; t + 2 <= n; t += 2)
-      screen_row<2>(row, n_blocks, scales, x + t, estimates + t * stride + r, deviations + t * stride + r, stride);
-    for (; t < n; t++)
-      screen_row<1>(row, n_blocks, scales, x + t, estimates + t * stride + r, deviations + t * stride + r, stride);
-  }
-}
-
-// Q6_K: 256 weights in 210 bytes: 128 low nibbles' bytes, 64 bytes of high bit pairs, 16 int8 scales, an f16 scale
-// (ggml-quants.c).
-inline void decode_q6_k(const uint8_t* block, float* out) {
-  const uint8_t *low = block, *high = block + 128;
-  const int8_t* scales = reinterpret_cast<const int8_t*>(block + 192);
-  uint16_t half;
-  __builtin_memcpy(&half, block + 208, 2);
-  const float d = half_to_float(half);
-  int8_t q[256];
-  for (int part = 0; part < 2; part++, low += 64, high += 32)
-    for (int i = 0; i < 32; i++) {
-      int8_t* p = q + part * 128 + i;
-      p[0] = static_cast<int8_t>(((low[i] & 15) | (high[i] & 3) << 4) - 32);
-      p[32] = static_cast<int8_t>(((low[i + 32] & 15) | (high[i] >> 2 & 3) << 4) - 32);
-      p[64] = static_cast<int8_t>((low[i] >> 4 | (high[i] >> 4 & 3) << 4) - 32);
-      p[96] = static_cast<int8_t>((low[i + 32] >> 4 | (high[i] >> 6) << 4) - 32);
-    }
-  for (int i = 0; i < 16; i++) store(out + i * 16, mul(set1(d * static_cast<float>(scales[i])), load_int8(q + i * 16)));
-}
-
-inline void dot_q6_k(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
-  constexpr size_t kBlock = 256, kGroup = 4;  // tokens whose sums are carried through one pass over a row
-  const size_t stride = row_bytes(RowType::kQ6_K, w.cols);
-  for (size_t r = 0; r < w.rows; r++)
-    for (size_t t0 = 0; t0 < n_tokens; t0 += kGroup) {
-      const size_t n = n_tokens - t0 < kGroup ? n_tokens - t0 : kGroup;
-      const uint8_t* row = w.data + r * stride;
-      F32x16 acc[kGroup] = {zero(), zero(), zero(), zero()};
-      for (size_t i = 0; i < w.cols; i += kBlock) {
-        float weights[kBlock];
-        decode_q6_k(row + i / kBlock * 210, weights);
-        for (size_t t = 0; t < n; t++)
-          for (size_t j = 0; j < kBlock; j += kLanes)
-            acc[t] = fma(load(weights + j), load(x + (t0 + t) * w.cols + i + j), acc[t]);
-      }
-      for (size_t t = 0; t < n; t++) out[(t0 + t) * out_stride + r] = sum(acc[t]);
-    }
 }
 
 // One plane of a row's sketch: codes of u in steps around `spread` times its root mean square, which is what is left of
@@ -449,18 +388,16 @@ constexpr float kSpreads[2] = {0.996f,
 template <RowType type>
 inline RowSketch sketch(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
                         uint8_t* const codes[2]) {
-  if constexpr (type == RowType::kQ6_K)
-    for (size_t i = 0; i < w.cols; i += 256) decode_q6_k(w.data + i / 256 * 210, work + i);
   F32x16 squares = zero();
-  for (size_t i = 0; i < w.cols; i += kLanes) {
-    F32x16 weights;
-    if constexpr (type == RowType::kQ6_K)
-      weights = load(work + i);
-    else
-      weights = load_weights<type>(w.data, w.low, w.cols, i);
-    const F32x16 u = mul(sub(weights, load(means + i)), load(inverse_scales + i));
-    squares = fma(u, u, squares);
-    store(work + i, u);
+  for (size_t i = 0; i < w.cols; i += kLoaded<type> * kLanes) {
+    F32x16 weights[kLoaded<type>];
+    load_weights<type>(w.data, i, weights);
+    for (size_t v = 0; v < kLoaded<type>; v++) {
+      const size_t at = i + v * kLanes;
+      const F32x16 u = mul(sub(weights[v], load(means + at)), load(inverse_scales + at));
+      squares = fma(u, u, squares);
+      store(work + at, u);
+    }
   }
   RowSketch out;
   out.norm = __builtin_sqrtf(sum(squares));
@@ -484,13 +421,9 @@ RowSketch sketch_row(const FloatRows& w, const float* means, const float* invers
     case RowType::kQ8_0:
       return sketch<RowType::kQ8_0>(w, means, inverse_scales, work, codes);
     case RowType::kQ6_K:
-      return sketch<RowType::kQ6_K>(w, means, inverse_scales, work, codes);
-    case RowType::kSplit8:
-      return sketch<RowType::kSplit8>(w, means, inverse_scales, work, codes);
-    case RowType::kSplit6:
       break;
   }
-  return sketch<RowType::kSplit6>(w, means, inverse_scales, work, codes);
+  return sketch<RowType::kQ6_K>(w, means, inverse_scales, work, codes);
 }
 
 void dot_rows(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride) {
@@ -504,10 +437,6 @@ void dot_rows(const FloatRows& w, const float* x, size_t n_tokens, float* out, s
     case RowType::kQ8_0:
       return dot_all<RowType::kQ8_0>(w, x, n_tokens, out, out_stride);
     case RowType::kQ6_K:
-      return dot_q6_k(w, x, n_tokens, out, out_stride);
-    case RowType::kSplit8:
-      return dot_all<RowType::kSplit8>(w, x, n_tokens, out, out_stride);
-    case RowType::kSplit6:
-      return dot_all<RowType::kSplit6>(w, x, n_tokens, out, out_stride);
+      return dot_all<RowType::kQ6_K>(w, x, n_tokens, out, out_stride);
   }
 }

@@ -28,13 +28,24 @@ inline constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAv
 enum class CacheType { kF16, kF32, kI8 };
 inline constexpr CacheType kCacheTypes[] = {CacheType::kF16, CacheType::kF32, CacheType::kI8};
 
-// How a row of the output matrix is stored. The split types keep whole numbers of 8 or 6 bits with a scale for each
-// block of 32, in two planes: `data` has the scales (f16, one a block) and the numbers' upper four bits, `low` the
-// rest. Read alone, the upper plane tells which rows can matter. 64 numbers of four bits take 32 bytes, the first 32 in
-// the lower nibbles; 128 numbers of two bits likewise.
-enum class RowType { kF32, kF16, kBF16, kQ8_0, kQ6_K, kSplit8, kSplit6 };
-inline constexpr size_t kScaleBlock = 32;         // weights that share a scale in the split types
-inline constexpr size_t kMaxScreenBlocks = 1024;  // of a row that screen_rows takes
+// How a row of the output matrix is stored: as in ggml.
+enum class RowType { kF32, kF16, kBF16, kQ8_0, kQ6_K };
+
+// Bytes of one row of `cols` weights.
+constexpr size_t row_bytes(RowType type, size_t cols) {
+  switch (type) {
+    case RowType::kF32:
+      return cols * 4;
+    case RowType::kF16:
+    case RowType::kBF16:
+      return cols * 2;
+    case RowType::kQ8_0:
+      return cols / 32 * 34;
+    case RowType::kQ6_K:
+      break;
+  }
+  return cols / 256 * 210;
+}
 
 std::string_view name_of(Isa isa);
 std::string_view name_of(CacheType type);
@@ -69,19 +80,10 @@ struct Activations {
 struct FloatRows {
   RowType type;
   const uint8_t* data;  // (rows, row_bytes(type, cols))
-  const uint8_t* low;   // (rows, low_row_bytes(type, cols)); split types only
   size_t rows;
   size_t cols;
 
   FloatRows slice(size_t first, size_t count) const;
-};
-
-// What screen_rows knows of the vector that the rows of a split matrix are multiplied with; made by prepare_screen.
-struct Screen {
-  const int8_t* values;      // (cols): quantised
-  const float* corrections;  // (blocks, rounded up to kLanes): what the middle of the lower bits and the zero point add
-  const float* variances;    // (blocks, rounded up to kLanes): of the error of a block with scale 1
-  float unit;                // of one count of the upper plane
 };
 
 // What sketch_row says of a row.
@@ -167,11 +169,6 @@ struct Kernels {
   // out (n_heads, head_dim) = sums / totals
   void (*divide_attention)(const Attention& sum, size_t n_heads, size_t head_dim, float* out);
 
-  // For rows of a split type, from their upper plane alone, and n vectors: estimates[t · stride + r] ≈ Σᵢ w.rows[r][i]
-  // · xₜ[i], and the standard deviation of the error for lower bits that are independent of x.
-  void (*screen_rows)(const FloatRows& w, const Screen* x, size_t n, float* estimates, float* deviations,
-                      size_t stride);
-
   // The row of w, standardised to u[i] = (weight[i] − means[i]) · inverse_scales[i], in two planes of 2-bit codes, each
   // laid out as I2_S, (cols / 4): u[i] ≈ steps[0] · (codes[0][i] − 1.5) + steps[1] · (codes[1][i] − 1.5). work: (cols)
   RowSketch (*sketch_row)(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
@@ -193,9 +190,6 @@ void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const T
 size_t position_bytes(CacheType type, size_t head_dim);
 size_t chunk_bytes(CacheType type, size_t head_dim);
 
-// Bytes of one row of `cols` weights, in `data` and in `low`.
-size_t row_bytes(RowType type, size_t cols);
-size_t low_row_bytes(RowType type, size_t cols);
 void decode_row(const FloatRows& w, size_t row, float* out);  // (cols)
 
 extern const Kernels kScalarKernels;

@@ -11,20 +11,21 @@ inline F32x16 load_half(const uint16_t* p) {
   return {_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))),
           _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p + 8)))};
 }
+inline F32x16 set1_half(const uint8_t* p) {
+  uint16_t half;
+  __builtin_memcpy(&half, p, sizeof half);
+  const __m256 all = _mm256_cvtph_ps(_mm_set1_epi16(static_cast<short>(half)));
+  return {all, all};
+}
 inline __m256 bfloat8(const uint16_t* p) {
   const __m256i bits = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
   return _mm256_castsi256_ps(_mm256_slli_epi32(bits, 16));
 }
 inline F32x16 load_bfloat(const uint16_t* p) { return {bfloat8(p), bfloat8(p + 8)}; }
-inline F32x16 from_int8(__m128i bytes) {
-  return {_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)),
-          _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)))};
-}
 inline __m256 int8_8(const int8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 inline F32x16 load_int8(const int8_t* p) { return {int8_8(p), int8_8(p + 8)}; }
-#include "load_split.h"
 inline F32x16 load_int32(const int32_t* p) {
   return {_mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))),
           _mm256_cvtepi32_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p + 8)))};
@@ -90,17 +91,6 @@ inline float maximum(F32x16 a) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-}
-
-inline F32x16 set_halves(float low, float high) { return {_mm256_set1_ps(low), _mm256_set1_ps(high)}; }
-inline __m256 dots_of_four(__m256i unsigned_bytes, const int8_t* x) {  // at most 15 · 127 · 2 in 16 bits
-  const __m256i pairs = _mm256_maddubs_epi16(unsigned_bytes, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x)));
-  return _mm256_cvtepi32_ps(_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-inline F32x16 nibble_dots(const uint8_t* nibbles, const int8_t* x) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles)), mask = _mm256_set1_epi8(15);
-  return {dots_of_four(_mm256_and_si256(bytes, mask), x),
-          dots_of_four(_mm256_and_si256(_mm256_srli_epi16(bytes, 4), mask), x + 32)};
 }
 
 struct F64x16 {

@@ -8,13 +8,18 @@ inline F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline F32x16 load_half(const uint16_t* p) {
   return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+inline F32x16 set1_half(const uint8_t* p) {
+  uint16_t half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return _mm512_cvtph_ps(_mm256_set1_epi16(static_cast<short>(half)));
+}
 inline F32x16 load_bfloat(const uint16_t* p) {
   const __m512i bits = _mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
 }
-inline F32x16 from_int8(__m128i bytes) { return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(bytes)); }
-inline F32x16 load_int8(const int8_t* p) { return from_int8(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-#include "load_split.h"
+inline F32x16 load_int8(const int8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+}
 inline F32x16 load_int32(const int32_t* p) { return _mm512_cvtepi32_ps(_mm512_loadu_si512(p)); }
 inline void store(float* p, F32x16 a) { _mm512_storeu_ps(p, a); }
 inline void store_half(uint16_t* p, F32x16 a) {
@@ -54,17 +59,6 @@ inline float maximum(F32x16 a) {
   const __m128 four = _mm_max_ps(_mm256_castps256_ps128(eight), _mm256_extractf128_ps(eight, 1));
   const __m128 two = _mm_max_ps(four, _mm_movehl_ps(four, four));
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
-}
-
-inline F32x16 set_halves(float low, float high) {
-  return _mm512_mask_blend_ps(0xff00, _mm512_set1_ps(low), _mm512_set1_ps(high));
-}
-inline F32x16 nibble_dots(const uint8_t* nibbles, const int8_t* x) {
-  const __m256i bytes = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(nibbles));
-  const __m512i both = _mm512_inserti64x4(_mm512_castsi256_si512(bytes), _mm256_srli_epi16(bytes, 4), 1);
-  const __m512i dots =
-      _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_and_si512(both, _mm512_set1_epi8(15)), _mm512_loadu_si512(x));
-  return _mm512_cvtepi32_ps(dots);
 }
 
 struct F64x16 {

@@ -22,19 +22,17 @@ inline F32x16 load(const float* p) {
 inline F32x16 load_half(const uint16_t* p) {
   return each([&](int i) { return half_to_float(p[i]); });
 }
+// All lanes the half float at p, which need not be aligned.
+inline F32x16 set1_half(const uint8_t* p) {
+  uint16_t half;
+  __builtin_memcpy(&half, p, sizeof half);
+  return set1(half_to_float(half));
+}
 inline F32x16 load_bfloat(const uint16_t* p) {
   return each([&](int i) { return bfloat_to_float(p[i]); });
 }
 inline F32x16 load_int8(const int8_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
-}
-// Sixteen signed numbers whose upper four bits and lower `low_bits` bits lie in two arrays of bytes, shifted up.
-inline F32x16 load_split(const uint8_t* high, unsigned high_shift, const uint8_t* low, unsigned low_shift,
-                         unsigned low_bits) {
-  return each([&](int i) {
-    const int number = (high[i] >> high_shift & 15) << low_bits | (low[i] >> low_shift & ((1 << low_bits) - 1));
-    return static_cast<float>(number - (8 << low_bits));
-  });
 }
 inline F32x16 load_int32(const int32_t* p) {
   return each([&](int i) { return static_cast<float>(p[i]); });
@@ -99,22 +97,6 @@ inline float sum(F32x16 a) {
 }
 inline float maximum(F32x16 a) {
   return tree(a, [](float x, float y) { return x > y ? x : y; });
-}
-
-inline F32x16 set_halves(float low, float high) {
-  return each([&](int i) { return i < 8 ? low : high; });
-}
-// 32 bytes of nibbles, the lower ones first, times 64 values: lane i has the sum of four products from the lower (i <
-// 8) or upper nibbles.
-inline F32x16 nibble_dots(const uint8_t* nibbles, const int8_t* x) {
-  return each([&](int i) {
-    int32_t total = 0;
-    for (int j = 0; j < 4; j++) {
-      const uint8_t byte = nibbles[i % 8 * 4 + j];
-      total += (i < 8 ? byte & 15 : byte >> 4) * x[i * 4 + j];
-    }
-    return static_cast<float>(total);
-  });
 }
 
 struct F64x16 {

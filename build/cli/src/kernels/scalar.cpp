@@ -64,36 +64,12 @@ const Kernels kScalarKernels = {
     .attend = scalar::attend,
     .add_attention = scalar::add_attention,
     .divide_attention = scalar::divide_attention,
-    .screen_rows = scalar::screen_rows,
     .sketch_row = scalar::sketch_row,
     .dot_rows = scalar::dot_rows,
 };
 
-size_t row_bytes(RowType type, size_t cols) {
-  switch (type) {
-    case RowType::kF32:
-      return cols * 4;
-    case RowType::kF16:
-    case RowType::kBF16:
-      return cols * 2;
-    case RowType::kQ8_0:
-      return cols / 32 * 34;
-    case RowType::kQ6_K:
-      return cols / 256 * 210;
-    case RowType::kSplit8:
-    case RowType::kSplit6:
-      return cols / kScaleBlock * 2 + cols / 2;
-  }
-  return 0;
-}
-
-size_t low_row_bytes(RowType type, size_t cols) {
-  if (type == RowType::kSplit8) return cols / 2;
-  return type == RowType::kSplit6 ? cols / 4 : 0;
-}
-
 FloatRows FloatRows::slice(size_t first, size_t count) const {
-  return {type, data + first * row_bytes(type, cols), low + first * low_row_bytes(type, cols), count, cols};
+  return {type, data + first * row_bytes(type, cols), count, cols};
 }
 
 namespace {
@@ -101,8 +77,14 @@ namespace {
 template <RowType type>
 void decode(const FloatRows& w, size_t row, float* out) {
   const FloatRows one = w.slice(row, 1);
-  for (size_t i = 0; i < w.cols; i += kLanes)
-    scalar::store(out + i, scalar::load_weights<type>(one.data, one.low, w.cols, i));
+  for (size_t i = 0; i < w.cols;) {
+    scalar::F32x16 weights[scalar::kLoaded<type>];
+    scalar::load_weights<type>(one.data, i, weights);
+    for (const scalar::F32x16& v : weights) {
+      scalar::store(out + i, v);
+      i += kLanes;
+    }
+  }
 }
 
 }  // namespace
@@ -117,15 +99,9 @@ void decode_row(const FloatRows& w, size_t row, float* out) {
       return decode<RowType::kBF16>(w, row, out);
     case RowType::kQ8_0:
       return decode<RowType::kQ8_0>(w, row, out);
-    case RowType::kSplit8:
-      return decode<RowType::kSplit8>(w, row, out);
-    case RowType::kSplit6:
-      return decode<RowType::kSplit6>(w, row, out);
     case RowType::kQ6_K:
-      break;
+      return decode<RowType::kQ6_K>(w, row, out);
   }
-  const uint8_t* bytes = w.slice(row, 1).data;
-  for (size_t i = 0; i < w.cols; i += 256) scalar::decode_q6_k(bytes + i / 256 * 210, out + i);
 }
 
 }  // namespace bitnet
