@@ -33,7 +33,8 @@ inline __m128i sums_of(const __m256i (&a)[4]) {
   return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
 }
 
-// What 16-bit sums hold: each of one_row's takes up to 2 · 12 · 128 from a block, each of by_tokens' 4 · 2 · 3 · 128.
+// What 16-bit sums hold: each of one_row's takes up to 2 · 12 · 128 from a block, each of one_row_by_tokens' 4 · 2 · 3
+// · 128.
 constexpr size_t kBlocksPerSum = 10;
 
 // One row by one token: four times its sums, lane by lane. Only one shift a block: codes two bits up in their nibble
@@ -87,18 +88,17 @@ void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* o
   for (; r < w.rows; r++, row += stride) out[r] = sum_of(one_row<true>(row, n_blocks, x)) / 4 - sum;
 }
 
-// One row by 2 to 4 tokens, whose sums and the row's unpacked codes the sixteen registers hold.
+// One row by N tokens: their sums, lane by lane. Up to four tokens' sums and the row's unpacked codes are what the
+// sixteen registers hold.
 template <int N>
-inline void by_tokens(const uint8_t* row, size_t cols, const int8_t* x, const int32_t* sums, int32_t* out,
-                      size_t out_stride) {
+inline void one_row_by_tokens(const uint8_t* row, size_t cols, const int8_t* x, __m256i (&acc)[4]) {
   const __m256i mask = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
   const size_t n_blocks = cols / kTernaryBlock;
-  __m256i acc[4];
   for (__m256i& a : acc) a = _mm256_setzero_si256();
   for (size_t first = 0; first < n_blocks; first += kBlocksPerSum) {
     const size_t last = first + kBlocksPerSum < n_blocks ? first + kBlocksPerSum : n_blocks;
-    __m256i part[N];
-    for (__m256i& p : part) p = _mm256_setzero_si256();
+    __m256i sums[N];
+    for (__m256i& s : sums) s = _mm256_setzero_si256();
     for (size_t b = first; b < last; b++) {
       if (b % 2 == 0) prefetch(row + b * 32 + kPrefetchBytes);
       const __m256i codes = load256(row + b * 32);
@@ -112,30 +112,38 @@ inline void by_tokens(const uint8_t* row, size_t cols, const int8_t* x, const in
             _mm256_add_epi16(_mm256_maddubs_epi16(c0, load256(a)), _mm256_maddubs_epi16(c1, load256(a + 32)));
         const __m256i p23 =
             _mm256_add_epi16(_mm256_maddubs_epi16(c2, load256(a + 64)), _mm256_maddubs_epi16(c3, load256(a + 96)));
-        part[t] = _mm256_add_epi16(part[t], _mm256_add_epi16(p01, p23));
+        sums[t] = _mm256_add_epi16(sums[t], _mm256_add_epi16(p01, p23));
       }
     }
-    for (int t = 0; t < N; t++) acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(part[t], ones));
+    for (int t = 0; t < N; t++) acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(sums[t], ones));
   }
-  alignas(16) int32_t totals[4];
-  _mm_store_si128(reinterpret_cast<__m128i*>(totals), sums_of(acc));
-  for (int t = 0; t < N; t++) out[static_cast<size_t>(t) * out_stride] = totals[t] - sums[t];  // codes are weights + 1
+}
+
+template <int N>
+void by_tokens(const TernaryRows& w, const int8_t* x, const int32_t* sums, int32_t* out, size_t out_stride) {
+  for (size_t r = 0; r < w.rows; r++) {
+    __m256i acc[4];
+    one_row_by_tokens<N>(w.data + r * (w.cols / 4), w.cols, x, acc);
+    alignas(16) int32_t products[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(products), sums_of(acc));
+    for (size_t t = 0; t < N; t++) out[t * out_stride + r] = products[t] - sums[t];  // codes are weights + 1
+  }
 }
 
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
-  if (x.n_tokens == 1) return by_one_token(w, x.values, x.sums[0], out);
-  const size_t cols = w.cols;
-  for (size_t r = 0; r < w.rows; r++) {
-    const uint8_t* row = w.data + r * (cols / 4);
-    size_t t = 0;
-    for (; t + 4 <= x.n_tokens; t += 4)
-      by_tokens<4>(row, cols, x.values + t * cols, x.sums + t, out + t * out_stride + r, out_stride);
-    const int8_t* values = x.values + t * cols;
+  for (size_t t = 0; t < x.n_tokens; t += 4) {
+    const size_t n = x.n_tokens - t;
+    const int8_t* values = x.values + t * w.cols;
     const int32_t* sums = x.sums + t;
-    int32_t* to = out + t * out_stride + r;
-    if (x.n_tokens - t == 3) by_tokens<3>(row, cols, values, sums, to, out_stride);
-    if (x.n_tokens - t == 2) by_tokens<2>(row, cols, values, sums, to, out_stride);
-    if (x.n_tokens - t == 1) by_one_token(w.slice(r, 1), values, sums[0], to);
+    int32_t* to = out + t * out_stride;
+    if (n == 1)
+      by_one_token(w, values, sums[0], to);
+    else if (n == 2)
+      by_tokens<2>(w, values, sums, to, out_stride);
+    else if (n == 3)
+      by_tokens<3>(w, values, sums, to, out_stride);
+    else
+      by_tokens<4>(w, values, sums, to, out_stride);
   }
 }
 

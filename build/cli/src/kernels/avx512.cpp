@@ -97,20 +97,22 @@ inline void tile(const uint8_t* rows, size_t cols, const int8_t* x, __m512i (&ac
   for (int t = 0; t < N; t++)
     for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_si512();
   for (size_t b = 0; b < cols / kTernaryBlock; b++) {
-    __m512i c01[R], c23[R];
+    __m512i codes[R];
     for (int r = 0; r < R; r++) {
       const uint8_t* p = rows + static_cast<size_t>(r) * (cols / 4) + b * 32;
       if (b % 2 == 0) prefetch(p + kPrefetchBytes);
-      const __m512i codes = load_twice(p);
-      c01[r] = _mm512_and_si512(_mm512_srlv_epi16(codes, shift01), mask);
-      c23[r] = _mm512_and_si512(_mm512_srlv_epi16(codes, shift23), mask);
+      codes[r] = load_twice(p);
     }
-    for (int t = 0; t < N; t++) {
-      const int8_t* at = x + static_cast<size_t>(t) * cols + b * kTernaryBlock;
-      const __m512i a01 = load512(at), a23 = load512(at + 64);
-      for (int r = 0; r < R; r++) acc[t][r] = _mm512_dpbusd_epi32(acc[t][r], c01[r], a01);
-      for (int r = 0; r < R; r++) acc[t][r] = _mm512_dpbusd_epi32(acc[t][r], c23[r], a23);
-    }
+    const auto add = [&](__m512i shift, const int8_t* at) {
+      __m512i c[R];
+      for (int r = 0; r < R; r++) c[r] = _mm512_and_si512(_mm512_srlv_epi16(codes[r], shift), mask);
+      for (int t = 0; t < N; t++) {
+        const __m512i a = load512(at + static_cast<size_t>(t) * cols);
+        for (int r = 0; r < R; r++) acc[t][r] = _mm512_dpbusd_epi32(acc[t][r], c[r], a);
+      }
+    };
+    add(shift01, x + b * kTernaryBlock);
+    add(shift23, x + b * kTernaryBlock + 64);
   }
 }
 
@@ -134,15 +136,20 @@ void by_tokens(const TernaryRows& w, const int8_t* x, const int32_t* sums, int32
 }
 
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
-  size_t t = 0;
-  for (; t + 4 <= x.n_tokens; t += 4)
-    by_tokens<4>(w, x.values + t * w.cols, x.sums + t, out + t * out_stride, out_stride);
-  const int8_t* values = x.values + t * w.cols;
-  const int32_t* sums = x.sums + t;
-  int32_t* to = out + t * out_stride;
-  if (x.n_tokens - t == 3) by_tokens<3>(w, values, sums, to, out_stride);
-  if (x.n_tokens - t == 2) by_tokens<2>(w, values, sums, to, out_stride);
-  if (x.n_tokens - t == 1) by_one_token(w, values, sums[0], to);
+  for (size_t t = 0; t < x.n_tokens; t += 4) {
+    const size_t n = x.n_tokens - t;
+    const int8_t* values = x.values + t * w.cols;
+    const int32_t* sums = x.sums + t;
+    int32_t* to = out + t * out_stride;
+    if (n == 1)
+      by_one_token(w, values, sums[0], to);
+    else if (n == 2)
+      by_tokens<2>(w, values, sums, to, out_stride);
+    else if (n == 3)
+      by_tokens<3>(w, values, sums, to, out_stride);
+    else
+      by_tokens<4>(w, values, sums, to, out_stride);
+  }
 }
 
 #include "expand_trits.h"
