@@ -153,7 +153,6 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
 }
 
 #include "expand_trits.h"
-#include "ternary_lut.h"
 
 }  // namespace avx512
 
@@ -166,10 +165,10 @@ constexpr Kernels kTable = {
     .ternary_matmul = avx512::ternary_matmul,
     .trit_matmul = nullptr,
     .expand_trits = avx512::expand_trits,
-    .lut_lanes = avx512::kLutLanes,
-    .lut_min_tokens = 24,
-    .ternary_lut = avx512::ternary_lut,
-    .transpose_tile = avx512::transpose_tile,
+    .lut_lanes = 0,
+    .lut_min_tokens = 0,
+    .ternary_lut = nullptr,
+    .transpose_tile = nullptr,
     .dequantize = avx512::dequantize,
     .add = avx512::add_to,
     .relu2_mul = avx512::relu2_mul,

@@ -129,7 +129,7 @@ struct Kernels {
   // The same product for many tokens by vector look-up, dequantised: out[t · out_stride + r] = float(Σ) /
   // activation_scales[t] · weight_scale, from codes of 0 to 2 or trits. x holds one tile of tokens as transpose_tile
   // writes it, values within ±127; n_tokens ≤ lut_lanes; w.rows ≤ kLutRows, a multiple of 16.
-  size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel
+  size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel, as multiplying is faster
   size_t lut_min_tokens;  // fewer are faster by ternary_matmul
   void (*ternary_lut)(const TernaryRows& w, const int8_t* x, size_t n_tokens, const float* activation_scales,
                       float weight_scale, LutScratch& scratch, float* out, size_t out_stride);
