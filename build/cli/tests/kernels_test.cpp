@@ -176,6 +176,37 @@ TEST_CASE("ternary_matmul: exact for every shape, batch size and extreme activat
       }
 }
 
+TEST_CASE("ternary_matmul: codes of 0 to 3, as -1 to 2, with the largest activations") {
+  Random random(7);
+  for (const size_t cols : {128, 640, 1408, 6912})
+    for (const size_t n : {1, 2, 3, 4, 5, 6, 7, 8, 9}) {
+      const size_t rows = 14;
+      std::vector<uint8_t> codes = random.bytes(rows * cols / 4);
+      std::fill(codes.begin(), codes.begin() + static_cast<ptrdiff_t>(cols / 2), uint8_t{0xff});  // two rows of 3
+      std::vector<int8_t> x = random.int8s(n * cols);
+      for (size_t i = 0; i < x.size(); i++)  // all 127, all -127, then either
+        if (i < cols || i / cols == n - 1)
+          x[i] = n % 2 ? int8_t{127} : int8_t{-127};
+        else
+          x[i] = x[i] < 0 ? int8_t{-127} : int8_t{127};
+      std::vector<int32_t> sums(n, 0), expected(n * rows), got(n * rows);
+      for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
+      const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
+      const Activations a{x.data(), sums.data(), n};
+      kScalarKernels.ternary_matmul(w, a, expected.data(), rows);
+      CHECK(expected[0] == 2 * sums[0]);
+      for (const Kernels* k : vector_tables()) {
+        std::fill(got.begin(), got.end(), -1);
+        k->ternary_matmul(w, a, got.data(), rows);
+        CHECK(got == expected);
+        for (size_t r = 0; r < rows; r++) {  // a row alone, out of a matrix
+          k->ternary_matmul(w.slice(r, 1), a, got.data(), 1);
+          for (size_t t = 0; t < n; t++) CHECK(got[t] == expected[t * rows + r]);
+        }
+      }
+    }
+}
+
 TEST_CASE("elementwise kernels: the same bits everywhere") {
   Random random(3);
   const size_t n = 768;
@@ -309,7 +340,8 @@ TEST_CASE("dot_rows: every type of row, the same bits everywhere, for any number
 
 TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and partial tiles") {
   Random random(6);
-  for (const Kernels* k : vector_tables())
+  for (const Kernels* k : vector_tables()) {
+    if (k->lut_lanes == 0) continue;
     for (const size_t cols : {128, 384, 2560, 6912})
       for (const size_t rows : {16, 48, 80, 2048})
         for (const size_t n : {size_t{1}, k->lut_lanes - 1, k->lut_lanes}) {
@@ -340,4 +372,5 @@ TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and 
                          scratch, got.data(), rows + 3);
           check();
         }
+  }
 }

@@ -20,87 +20,131 @@ constexpr int kWeighVectors = 1;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
-// R rows by N tokens; acc becomes four times the sums, lane by lane. Only one shift a block: codes two bits up in their
-// nibble are multiplied where they are, as 4 c. Their 16-bit sums take 2 · 2 · 8 · 127 from each block, so they are
-// emptied every 8 blocks.
-template <int R, int N>
-inline void tile(const uint8_t* codes, size_t stride, size_t n_blocks, const int8_t* x, size_t cols,
-                 __m256i (&acc)[N][R]) {
-  constexpr size_t kBlocksPerFlush = 8;
-  const __m256i mask = _mm256_set1_epi8(3), mask4 = _mm256_set1_epi8(12);
-  const __m256i ones = _mm256_set1_epi16(1), fours = _mm256_set1_epi16(4);
-  for (int t = 0; t < N; t++)
-    for (int r = 0; r < R; r++) acc[t][r] = _mm256_setzero_si256();
-  for (size_t first = 0; first < n_blocks; first += kBlocksPerFlush) {
-    const size_t last = first + kBlocksPerFlush < n_blocks ? first + kBlocksPerFlush : n_blocks;
-    __m256i single[N][R], fourfold[N][R];
-    for (int t = 0; t < N; t++)
-      for (int r = 0; r < R; r++) single[t][r] = fourfold[t][r] = _mm256_setzero_si256();
-    for (size_t b = first; b < last; b++) {
-      const int8_t* a = x + b * kTernaryBlock;
-      for (int r = 0; r < R; r++) {
-        const uint8_t* row = codes + static_cast<size_t>(r) * stride + b * 32;
-        if (N == 1 && b % 2 == 0)
-          _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchRows * stride), _MM_HINT_T0);
-        const __m256i low = load256(row);
-        const __m256i high = _mm256_srli_epi16(low, 4);
-        const __m256i c0 = _mm256_and_si256(high, mask4), c1 = _mm256_and_si256(high, mask);
-        const __m256i c2 = _mm256_and_si256(low, mask4), c3 = _mm256_and_si256(low, mask);
-        for (int t = 0; t < N; t++) {
-          const int8_t* at = a + static_cast<size_t>(t) * cols;
-          const __m256i p02 =
-              _mm256_add_epi16(_mm256_maddubs_epi16(c0, load256(at)), _mm256_maddubs_epi16(c2, load256(at + 64)));
-          const __m256i p13 =
-              _mm256_add_epi16(_mm256_maddubs_epi16(c1, load256(at + 32)), _mm256_maddubs_epi16(c3, load256(at + 96)));
-          fourfold[t][r] = _mm256_add_epi16(fourfold[t][r], p02);
-          single[t][r] = _mm256_add_epi16(single[t][r], p13);
-        }
-      }
-    }
-    for (int t = 0; t < N; t++)
-      for (int r = 0; r < R; r++)
-        acc[t][r] = _mm256_add_epi32(acc[t][r], _mm256_add_epi32(_mm256_madd_epi16(single[t][r], fours),
-                                                                 _mm256_madd_epi16(fourfold[t][r], ones)));
-  }
-}
-
-inline int32_t sum_int(__m256i a) {
+inline int32_t sum_of(__m256i a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1)));
 }
 
-template <int R, int N>
-inline void tile_and_store(const TernaryRows& w, size_t r, const Activations& x, size_t t, int32_t* out,
-                           size_t out_stride) {
-  __m256i acc[N][R];
-  tile<R, N>(w.data + r * (w.cols / 4), w.cols / 4, w.cols / kTernaryBlock, x.values + t * w.cols, w.cols, acc);
-  for (int n = 0; n < N; n++)  // codes are weights + 1
-    for (int i = 0; i < R; i++)
-      out[(t + static_cast<size_t>(n)) * out_stride + r + static_cast<size_t>(i)] =
-          sum_int(acc[n][i]) / 4 - x.sums[t + static_cast<size_t>(n)];
+inline __m128i sums_of(const __m256i (&a)[4]) {
+  const __m256i s = _mm256_hadd_epi32(_mm256_hadd_epi32(a[0], a[1]), _mm256_hadd_epi32(a[2], a[3]));
+  return _mm_add_epi32(_mm256_castsi256_si128(s), _mm256_extracti128_si256(s, 1));
 }
 
-// Shapes that the sixteen registers hold.
-template <int R>
-inline void row_group(const TernaryRows& w, size_t r, const Activations& x, int32_t* out, size_t out_stride) {
-  size_t t = 0;
-  for (; t + 4 <= x.n_tokens; t += 4)
-    for (size_t i = 0; i < R; i++) tile_and_store<1, 4>(w, r + i, x, t, out, out_stride);
-  if (x.n_tokens - t == 3)
-    for (size_t i = 0; i < R; i++) tile_and_store<1, 3>(w, r + i, x, t, out, out_stride);
-  constexpr int kHalf = R >= 2 ? 2 : 1;
-  if (x.n_tokens - t == 2)
-    for (size_t i = 0; i < R; i += kHalf) tile_and_store<kHalf, 2>(w, r + i, x, t, out, out_stride);
-  if (x.n_tokens - t == 1)
-    for (size_t i = 0; i < R; i += kHalf) tile_and_store<kHalf, 1>(w, r + i, x, t, out, out_stride);
+// What 16-bit sums hold: each of one_row's takes up to 2 · 12 · 128 from a block, each of one_row_by_tokens' 4 · 2 · 3
+// · 128.
+constexpr size_t kBlocksPerSum = 10;
+
+// One row by one token: four times its sums, lane by lane. Only one shift a block: codes two bits up in their nibble
+// are multiplied where they are, as 4 c.
+template <bool kAlone>
+inline __m256i one_row(const uint8_t* row, size_t n_blocks, const int8_t* x) {
+  const __m256i mask = _mm256_set1_epi8(3), mask4 = _mm256_set1_epi8(12);
+  const __m256i ones = _mm256_set1_epi16(1), fours = _mm256_set1_epi16(4);
+  __m256i acc = _mm256_setzero_si256();
+  while (n_blocks > 0) {
+    const size_t n = n_blocks < kBlocksPerSum ? n_blocks : kBlocksPerSum;
+    __m256i sums[4];
+    for (__m256i& s : sums) s = _mm256_setzero_si256();
+    const auto add_block = [&] {
+      const __m256i low = load256(row), high = _mm256_srli_epi16(low, 4);
+      sums[0] = _mm256_add_epi16(sums[0], _mm256_maddubs_epi16(_mm256_and_si256(high, mask4), load256(x)));
+      sums[1] = _mm256_add_epi16(sums[1], _mm256_maddubs_epi16(_mm256_and_si256(high, mask), load256(x + 32)));
+      sums[2] = _mm256_add_epi16(sums[2], _mm256_maddubs_epi16(_mm256_and_si256(low, mask4), load256(x + 64)));
+      sums[3] = _mm256_add_epi16(sums[3], _mm256_maddubs_epi16(_mm256_and_si256(low, mask), load256(x + 96)));
+      row += 32;
+      x += kTernaryBlock;
+    };
+    for (size_t i = 0; i < n / 2; i++) {
+      if (!kAlone) prefetch(row + kPrefetchBytes);
+      add_block();
+      add_block();
+    }
+    if (n % 2 != 0) add_block();
+    n_blocks -= n;
+    const __m256i fourfold = _mm256_add_epi32(_mm256_madd_epi16(sums[0], ones), _mm256_madd_epi16(sums[2], ones));
+    const __m256i single = _mm256_madd_epi16(_mm256_add_epi16(sums[1], sums[3]), fours);
+    acc = _mm256_add_epi32(acc, _mm256_add_epi32(fourfold, single));
+  }
+  return acc;
+}
+
+// One row after another, so that a run of rows is one stream.
+void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
+  const size_t stride = w.cols / 4, n_blocks = w.cols / kTernaryBlock;
+  const uint8_t* row = w.data;
+  size_t r = 0;
+  for (; r + 4 <= w.rows; r += 4) {
+    __m256i acc[4];
+    for (__m256i& a : acc) {
+      a = one_row<false>(row, n_blocks, x);
+      row += stride;
+    }
+    const __m128i sums = _mm_sub_epi32(_mm_srai_epi32(sums_of(acc), 2), _mm_set1_epi32(sum));  // codes are weights + 1
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + r), sums);
+  }
+  for (; r < w.rows; r++, row += stride) out[r] = sum_of(one_row<true>(row, n_blocks, x)) / 4 - sum;
+}
+
+// One row by N tokens: their sums, lane by lane. Up to four tokens' sums and the row's unpacked codes are what the
+// sixteen registers hold.
+template <int N>
+inline void one_row_by_tokens(const uint8_t* row, size_t cols, const int8_t* x, __m256i (&acc)[4]) {
+  const __m256i mask = _mm256_set1_epi8(3), ones = _mm256_set1_epi16(1);
+  const size_t n_blocks = cols / kTernaryBlock;
+  for (__m256i& a : acc) a = _mm256_setzero_si256();
+  for (size_t first = 0; first < n_blocks; first += kBlocksPerSum) {
+    const size_t last = first + kBlocksPerSum < n_blocks ? first + kBlocksPerSum : n_blocks;
+    __m256i sums[N];
+    for (__m256i& s : sums) s = _mm256_setzero_si256();
+    for (size_t b = first; b < last; b++) {
+      if (b % 2 == 0) prefetch(row + b * 32 + kPrefetchBytes);
+      const __m256i codes = load256(row + b * 32);
+      const __m256i c0 = _mm256_and_si256(_mm256_srli_epi16(codes, 6), mask);
+      const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask);
+      const __m256i c2 = _mm256_and_si256(_mm256_srli_epi16(codes, 2), mask);
+      const __m256i c3 = _mm256_and_si256(codes, mask);
+      for (int t = 0; t < N; t++) {
+        const int8_t* a = x + static_cast<size_t>(t) * cols + b * kTernaryBlock;
+        const __m256i p01 =
+            _mm256_add_epi16(_mm256_maddubs_epi16(c0, load256(a)), _mm256_maddubs_epi16(c1, load256(a + 32)));
+        const __m256i p23 =
+            _mm256_add_epi16(_mm256_maddubs_epi16(c2, load256(a + 64)), _mm256_maddubs_epi16(c3, load256(a + 96)));
+        sums[t] = _mm256_add_epi16(sums[t], _mm256_add_epi16(p01, p23));
+      }
+    }
+    for (int t = 0; t < N; t++) acc[t] = _mm256_add_epi32(acc[t], _mm256_madd_epi16(sums[t], ones));
+  }
+}
+
+template <int N>
+void by_tokens(const TernaryRows& w, const int8_t* x, const int32_t* sums, int32_t* out, size_t out_stride) {
+  for (size_t r = 0; r < w.rows; r++) {
+    __m256i acc[4];
+    one_row_by_tokens<N>(w.data + r * (w.cols / 4), w.cols, x, acc);
+    alignas(16) int32_t products[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(products), sums_of(acc));
+    for (size_t t = 0; t < N; t++) out[t * out_stride + r] = products[t] - sums[t];  // codes are weights + 1
+  }
 }
 
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
-  size_t r = 0;
-  for (; r + 4 <= w.rows; r += 4) row_group<4>(w, r, x, out, out_stride);
-  for (; r < w.rows; r++) row_group<1>(w, r, x, out, out_stride);
+  for (size_t t = 0; t < x.n_tokens; t += 4) {
+    const size_t n = x.n_tokens - t;
+    const int8_t* values = x.values + t * w.cols;
+    const int32_t* sums = x.sums + t;
+    int32_t* to = out + t * out_stride;
+    if (n == 1)
+      by_one_token(w, values, sums[0], to);
+    else if (n == 2)
+      by_tokens<2>(w, values, sums, to, out_stride);
+    else if (n == 3)
+      by_tokens<3>(w, values, sums, to, out_stride);
+    else
+      by_tokens<4>(w, values, sums, to, out_stride);
+  }
 }
 
 #include "expand_trits.h"
@@ -116,7 +160,7 @@ const Kernels kAvx2Kernels = {
     .trit_matmul = nullptr,
     .expand_trits = avx2::expand_trits,
     .lut_lanes = avx2::kLutLanes,
-    .lut_min_tokens = 9,
+    .lut_min_tokens = 13,
     .ternary_lut = avx2::ternary_lut,
     .transpose_tile = avx2::transpose_tile,
     .dequantize = avx2::dequantize,

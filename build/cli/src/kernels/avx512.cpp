@@ -22,95 +22,137 @@ constexpr int kWeighVectors = 4;
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
-inline __m512i twice(const int8_t* p) { return _mm512_broadcast_i64x4(load256(p)); }
+inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
-// Eight rows by N tokens. A register holds the same 32 columns of rows p (low half) and p + 4 (high half).
-template <int N>
-inline void tile8(const uint8_t* codes, size_t stride, size_t n_blocks, const int8_t* x, size_t cols,
-                  __m512i (&acc)[N][4]) {
-  const __m512i mask = _mm512_set1_epi8(3);
-  for (int t = 0; t < N; t++)
-    for (int p = 0; p < 4; p++) acc[t][p] = _mm512_setzero_si512();
-  for (size_t b = 0; b < n_blocks; b++) {
-    const int8_t* a = x + b * kTernaryBlock;
-    for (int p = 0; p < 4; p++) {
-      const uint8_t* row = codes + static_cast<size_t>(p) * stride + b * 32;
-      if (N == 1 && b % 2 == 0) {
-        prefetch(row + kPrefetchRows * stride);
-        prefetch(row + (kPrefetchRows + 4) * stride);
-      }
-      const __m512i packed = _mm512_inserti64x4(_mm512_castsi256_si512(load256(row)), load256(row + 4 * stride), 1);
-      const __m512i c0 = _mm512_and_si512(_mm512_srli_epi16(packed, 6), mask);
-      const __m512i c1 = _mm512_and_si512(_mm512_srli_epi16(packed, 4), mask);
-      const __m512i c2 = _mm512_and_si512(_mm512_srli_epi16(packed, 2), mask);
-      const __m512i c3 = _mm512_and_si512(packed, mask);
-      for (int t = 0; t < N; t++) {
-        const int8_t* at = a + static_cast<size_t>(t) * cols;
-        acc[t][p] = _mm512_dpbusd_epi32(acc[t][p], c0, twice(at));
-        acc[t][p] = _mm512_dpbusd_epi32(acc[t][p], c1, twice(at + 32));
-        acc[t][p] = _mm512_dpbusd_epi32(acc[t][p], c2, twice(at + 64));
-        acc[t][p] = _mm512_dpbusd_epi32(acc[t][p], c3, twice(at + 96));
-      }
-    }
-  }
+// A register's low half for the first and third, its high half for the second and fourth code of a byte: a block is
+// loaded into both, and its codes are taken two at a time, in the order of the activations.
+inline __m512i load_twice(const uint8_t* p) { return _mm512_broadcast_i64x4(load256(p)); }
+inline __m512i bytes(char low, char high) {
+  return _mm512_inserti64x4(_mm512_set1_epi8(low), _mm256_set1_epi8(high), 1);
+}
+inline __m512i words(short low, short high) {
+  return _mm512_inserti64x4(_mm512_set1_epi16(low), _mm256_set1_epi16(high), 1);
+}
+inline __m512i doublewords(int low, int high) {
+  return _mm512_inserti64x4(_mm512_set1_epi32(low), _mm256_set1_epi32(high), 1);
 }
 
-// Sums of the eight halves, in the order of the rows.
-inline __m256i sum_rows(const __m512i (&a)[4]) {
+inline __m128i sums_of(const __m512i (&a)[4]) {
   const __m512i t01 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[0], a[1]), _mm512_unpackhi_epi32(a[0], a[1]));
   const __m512i t23 = _mm512_add_epi32(_mm512_unpacklo_epi32(a[2], a[3]), _mm512_unpackhi_epi32(a[2], a[3]));
   const __m512i u = _mm512_add_epi32(_mm512_unpacklo_epi64(t01, t23), _mm512_unpackhi_epi64(t01, t23));
-  const __m512i v = _mm512_add_epi32(u, _mm512_shuffle_i64x2(u, u, 0xb1));  // lane 0 + lane 1, lane 2 + lane 3
-  return _mm512_castsi512_si256(_mm512_shuffle_i64x2(v, v, 0x08));          // lanes 0 and 2
+  const __m256i v = _mm256_add_epi32(_mm512_castsi512_si256(u), _mm512_extracti64x4_epi64(u, 1));
+  return _mm_add_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
 
-template <int N>
-inline void tile8_and_store(const TernaryRows& w, size_t r, const Activations& x, size_t t, int32_t* out,
-                            size_t out_stride) {
-  __m512i acc[N][4];
-  tile8<N>(w.data + r * (w.cols / 4), w.cols / 4, w.cols / kTernaryBlock, x.values + t * w.cols, w.cols, acc);
-  for (int n = 0; n < N; n++) {
-    const size_t token = t + static_cast<size_t>(n);
-    const __m256i sums = _mm256_sub_epi32(sum_rows(acc[n]), _mm256_set1_epi32(x.sums[token]));  // codes are weights + 1
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + token * out_stride + r), sums);
+// One row by one token: its sums, lane by lane. Codes are multiplied where they are in their bytes: the sums with those
+// of bits 6, 4 and 2 are 64, 16 and 4 times too large.
+template <bool kAlone>
+inline __m512i one_row(const uint8_t* row, size_t n_blocks, const int8_t* x) {
+  constexpr size_t kSide = 4;  // blocks that have sums of their own, so that none waits for another
+  const __m512i mask01 = bytes(static_cast<char>(0xc0), 0x30), mask23 = bytes(0x0c, 0x03);
+  __m512i acc01[kSide], acc23[kSide];
+  for (size_t i = 0; i < kSide; i++) acc01[i] = acc23[i] = _mm512_setzero_si512();
+  const auto add_block = [&](size_t i) {
+    const __m512i codes = load_twice(row);
+    acc01[i] = _mm512_dpbusd_epi32(acc01[i], _mm512_and_si512(codes, mask01), load512(x));
+    acc23[i] = _mm512_dpbusd_epi32(acc23[i], _mm512_and_si512(codes, mask23), load512(x + 64));
+    row += 32;
+    x += kTernaryBlock;
+  };
+  for (; n_blocks >= kSide; n_blocks -= kSide)
+    for (size_t i = 0; i < kSide; i++) {
+      if (!kAlone && i % 2 == 0) prefetch(row + kPrefetchBytes);
+      add_block(i);
+    }
+  for (; n_blocks > 0; n_blocks--) add_block(0);
+  const auto total = [&](const __m512i(&a)[kSide]) {
+    return _mm512_add_epi32(_mm512_add_epi32(a[0], a[1]), _mm512_add_epi32(a[2], a[3]));
+  };
+  return _mm512_add_epi32(_mm512_srav_epi32(total(acc01), doublewords(6, 4)),
+                          _mm512_srav_epi32(total(acc23), doublewords(2, 0)));
+}
+
+// One row after another, so that a run of rows is one stream.
+void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
+  const size_t stride = w.cols / 4, n_blocks = w.cols / kTernaryBlock;
+  const uint8_t* row = w.data;
+  size_t r = 0;
+  for (; r + 4 <= w.rows; r += 4) {
+    __m512i acc[4];
+    for (__m512i& a : acc) {
+      a = one_row<false>(row, n_blocks, x);
+      row += stride;
+    }
+    const __m128i sums = _mm_sub_epi32(sums_of(acc), _mm_set1_epi32(sum));  // codes are weights + 1
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + r), sums);
+  }
+  for (; r < w.rows; r++, row += stride) out[r] = _mm512_reduce_add_epi32(one_row<true>(row, n_blocks, x)) - sum;
+}
+
+// R rows by N tokens: their sums, lane by lane.
+template <int R, int N>
+inline void tile(const uint8_t* rows, size_t cols, const int8_t* x, __m512i (&acc)[N][R]) {
+  const __m512i mask = _mm512_set1_epi8(3), shift01 = words(6, 4), shift23 = words(2, 0);
+  for (int t = 0; t < N; t++)
+    for (int r = 0; r < R; r++) acc[t][r] = _mm512_setzero_si512();
+  for (size_t b = 0; b < cols / kTernaryBlock; b++) {
+    __m512i codes[R];
+    for (int r = 0; r < R; r++) {
+      const uint8_t* p = rows + static_cast<size_t>(r) * (cols / 4) + b * 32;
+      if (b % 2 == 0) prefetch(p + kPrefetchBytes);
+      codes[r] = load_twice(p);
+    }
+    const auto add = [&](__m512i shift, const int8_t* at) {
+      __m512i c[R];
+      for (int r = 0; r < R; r++) c[r] = _mm512_and_si512(_mm512_srlv_epi16(codes[r], shift), mask);
+      for (int t = 0; t < N; t++) {
+        const __m512i a = load512(at + static_cast<size_t>(t) * cols);
+        for (int r = 0; r < R; r++) acc[t][r] = _mm512_dpbusd_epi32(acc[t][r], c[r], a);
+      }
+    };
+    add(shift01, x + b * kTernaryBlock);
+    add(shift23, x + b * kTernaryBlock + 64);
   }
 }
 
-inline void one_row(const TernaryRows& w, size_t r, const Activations& x, int32_t* out, size_t out_stride) {
-  const __m256i mask = _mm256_set1_epi8(3);
-  const uint8_t* row = w.data + r * (w.cols / 4);
-  for (size_t t = 0; t < x.n_tokens; t++) {
-    __m256i sums[4];
-    for (__m256i& sum : sums) sum = _mm256_setzero_si256();
-    for (size_t b = 0; b < w.cols / kTernaryBlock; b++) {
-      const int8_t* a = x.values + t * w.cols + b * kTernaryBlock;
-      const __m256i packed = load256(row + b * 32);
-      sums[0] = _mm256_dpbusd_epi32(sums[0], _mm256_and_si256(_mm256_srli_epi16(packed, 6), mask), load256(a));
-      sums[1] = _mm256_dpbusd_epi32(sums[1], _mm256_and_si256(_mm256_srli_epi16(packed, 4), mask), load256(a + 32));
-      sums[2] = _mm256_dpbusd_epi32(sums[2], _mm256_and_si256(_mm256_srli_epi16(packed, 2), mask), load256(a + 64));
-      sums[3] = _mm256_dpbusd_epi32(sums[3], _mm256_and_si256(packed, mask), load256(a + 96));
-    }
-    const __m256i acc = _mm256_add_epi32(_mm256_add_epi32(sums[0], sums[1]), _mm256_add_epi32(sums[2], sums[3]));
-    __m128i s = _mm_add_epi32(_mm256_castsi256_si128(acc), _mm256_extracti128_si256(acc, 1));
-    s = _mm_add_epi32(s, _mm_shuffle_epi32(s, 0x4e));
-    out[t * out_stride + r] = _mm_cvtsi128_si32(_mm_add_epi32(s, _mm_shuffle_epi32(s, 0xb1))) - x.sums[t];
+template <int N>
+void by_tokens(const TernaryRows& w, const int8_t* x, const int32_t* sums, int32_t* out, size_t out_stride) {
+  const uint8_t* row = w.data;
+  size_t r = 0;
+  for (; r + 4 <= w.rows; r += 4, row += w.cols) {
+    __m512i acc[N][4];
+    tile(row, w.cols, x, acc);
+    for (int t = 0; t < N; t++)  // codes are weights + 1
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(out + static_cast<size_t>(t) * out_stride + r),
+                       _mm_sub_epi32(sums_of(acc[t]), _mm_set1_epi32(sums[t])));
+  }
+  for (; r < w.rows; r++, row += w.cols / 4) {
+    __m512i acc[N][1];
+    tile(row, w.cols, x, acc);
+    for (int t = 0; t < N; t++)
+      out[static_cast<size_t>(t) * out_stride + r] = _mm512_reduce_add_epi32(acc[t][0]) - sums[t];
   }
 }
 
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
-  size_t r = 0;
-  for (; r + 8 <= w.rows; r += 8) {
-    size_t t = 0;
-    for (; t + 4 <= x.n_tokens; t += 4) tile8_and_store<4>(w, r, x, t, out, out_stride);
-    if (x.n_tokens - t == 3) tile8_and_store<3>(w, r, x, t, out, out_stride);
-    if (x.n_tokens - t == 2) tile8_and_store<2>(w, r, x, t, out, out_stride);
-    if (x.n_tokens - t == 1) tile8_and_store<1>(w, r, x, t, out, out_stride);
+  for (size_t t = 0; t < x.n_tokens; t += 4) {
+    const size_t n = x.n_tokens - t;
+    const int8_t* values = x.values + t * w.cols;
+    const int32_t* sums = x.sums + t;
+    int32_t* to = out + t * out_stride;
+    if (n == 1)
+      by_one_token(w, values, sums[0], to);
+    else if (n == 2)
+      by_tokens<2>(w, values, sums, to, out_stride);
+    else if (n == 3)
+      by_tokens<3>(w, values, sums, to, out_stride);
+    else
+      by_tokens<4>(w, values, sums, to, out_stride);
   }
-  for (; r < w.rows; r++) one_row(w, r, x, out, out_stride);
 }
 
 #include "expand_trits.h"
-#include "ternary_lut.h"
 
 }  // namespace avx512
 
@@ -123,10 +165,10 @@ constexpr Kernels kTable = {
     .ternary_matmul = avx512::ternary_matmul,
     .trit_matmul = nullptr,
     .expand_trits = avx512::expand_trits,
-    .lut_lanes = avx512::kLutLanes,
-    .lut_min_tokens = 24,
-    .ternary_lut = avx512::ternary_lut,
-    .transpose_tile = avx512::transpose_tile,
+    .lut_lanes = 0,
+    .lut_min_tokens = 0,
+    .ternary_lut = nullptr,
+    .transpose_tile = nullptr,
     .dequantize = avx512::dequantize,
     .add = avx512::add_to,
     .relu2_mul = avx512::relu2_mul,

@@ -19,9 +19,8 @@ inline constexpr size_t kTernaryBlock = 128;      // weights in 32 bytes of I2_S
 inline constexpr size_t kPositionsPerBlock = 16;  // positions that lie side by side in the key cache
 inline constexpr size_t kChunkPositions = 256;    // that attention takes at a time
 
-// How many rows ahead one token's pass over a ternary matrix asks for: 10 kB at 2,560 columns. Several rows are read
-// side by side, each too short for the processor to see where it leads.
-inline constexpr size_t kPrefetchRows = 16;
+// How far ahead a product by few tokens asks for the rows that follow. Rows are read one after another, as one stream.
+inline constexpr size_t kPrefetchBytes = 8192;
 
 enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Vbmi };
 inline constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi};
@@ -50,8 +49,9 @@ constexpr size_t row_bytes(RowType type, size_t cols) {
 std::string_view name_of(Isa isa);
 std::string_view name_of(CacheType type);
 
-// How a ternary matrix is stored. Codes: the I2_S layout, 32 bytes hold a block of 128 codes; code c is the weight c
-// − 1. Trits: five in a byte; rows are whole numbers of units, of which the last may stand for fewer than five blocks.
+// How a ternary matrix is stored. Codes: the I2_S layout, 32 bytes hold a block of 128 codes; code c, 0 to 3, is the
+// number c − 1, and a ternary weight is one of the first three. Trits: five in a byte; rows are whole numbers of units,
+// of which the last may stand for fewer than five blocks.
 enum class TernaryType { kCodes, kTrits };
 inline constexpr size_t kCodeUnit = 160, kTritUnit = 128;  // bytes of five blocks as codes and as trits
 inline constexpr size_t kMaxTritCols = 16384;              // of a row that is computed with as it is
@@ -121,7 +121,9 @@ struct Kernels {
   // out[i] = clip(rint(x[i] · s), −128, 127) with s = 127 / max(|x|, 1e-5), which is returned; *sum = Σ out[i].
   float (*quantize)(const float* x, size_t n, int8_t* out, int32_t* sum);
 
-  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Of codes.
+  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Of codes, of which any may be 3. Few
+  // instructions come before the first row, so rows that lie apart can be taken one at a time. Activations that begin
+  // at a multiple of 64 bytes are read fastest.
   void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
   // The same, of trits in rows of at most kMaxTritCols; nullptr where expanding them to codes, once for all tokens, is
@@ -134,9 +136,9 @@ struct Kernels {
   void (*expand_trits)(const uint8_t* packed, size_t units, uint8_t* codes);
 
   // The same product for many tokens by vector look-up, dequantised: out[t · out_stride + r] = float(Σ) /
-  // activation_scales[t] · weight_scale, from codes or trits. x holds one tile of tokens as transpose_tile writes it,
-  // values within ±127; n_tokens ≤ lut_lanes; w.rows ≤ kLutRows, a multiple of 16.
-  size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel
+  // activation_scales[t] · weight_scale, from codes of 0 to 2 or trits. x holds one tile of tokens as transpose_tile
+  // writes it, values within ±127; n_tokens ≤ lut_lanes; w.rows ≤ kLutRows, a multiple of 16.
+  size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel, as multiplying is faster
   size_t lut_min_tokens;  // fewer are faster by ternary_matmul
   void (*ternary_lut)(const TernaryRows& w, const int8_t* x, size_t n_tokens, const float* activation_scales,
                       float weight_scale, LutScratch& scratch, float* out, size_t out_stride);

@@ -8,11 +8,10 @@
 
 namespace bitnet {
 
-inline constexpr size_t kLutRows =
-    2048;  // most rows of a call: with 32 tokens the scratch then stays within a 1 MB L2 cache
-inline constexpr size_t kLutGroups = 8;  // tables at a time: 21 kB (AVX2) or 41 kB (AVX-512), beside L1's other guests
+inline constexpr size_t kLutRows = 2048;    // most rows of a call: the scratch then stays within a 1 MB L2 cache
+inline constexpr size_t kLutGroups = 8;     // tables at a time: 21 kB, beside L1's other guests
 inline constexpr size_t kLutEntries = 81;   // sums in a table
-inline constexpr size_t kMaxLutLanes = 32;  // of any instruction set
+inline constexpr size_t kMaxLutLanes = 16;  // of any instruction set
 
 struct LutScratch {
   explicit LutScratch(size_t lanes) : memory(static_cast<std::byte*>(::operator new(bytes(lanes), kAlignment))) {

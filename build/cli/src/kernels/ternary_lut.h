@@ -3,8 +3,8 @@
 // over kLutLanes tokens, and every row then takes its four weights' contribution by one vector addition.
 //
 // A byte of I2_S holds the weights of columns p, p + 32, p + 64, p + 96 of its block of 128: such a byte is a group,
-// and its four 2-bit codes, read as digits of base 3, are the number of its sum. Included once by avx2.cpp and
-// avx512.cpp, inside their namespaces, after lanes_*.h.
+// and its four 2-bit codes, read as digits of base 3, are the number of its sum. Included once by avx2.cpp,
+// inside its namespace, after lanes_avx2.h.
 
 static_assert(kLutLanes <= kMaxLutLanes);
 constexpr size_t kBlocksPerFlush = 2;  // of 32 groups, each at most 4 · 127: a 16-bit sum holds 64 groups
