@@ -7,6 +7,7 @@
 #include <span>
 #include <vector>
 
+#include "aligned_vector.h"
 #include "kernels/kernels.h"
 #include "kv_cache.h"
 #include "model.h"
@@ -98,7 +99,7 @@ class Transformer {
 
   std::vector<float> residual_;          // (max_batch, dim)
   std::vector<float> normed_;            // (max_batch, max(dim, q_dim, ffn_dim))
-  std::vector<int8_t> quantised_;        // (max_batch, max(dim, q_dim, ffn_dim))
+  AlignedVector<int8_t> quantised_;      // (max_batch, max(dim, q_dim, ffn_dim))
   std::vector<int8_t> tiles_;            // the same for look-up: (tiles, widest, lut_lanes)
   std::vector<int32_t> quantised_sums_;  // (max_batch)
   std::vector<float> quantised_scales_;  // (max_batch)
