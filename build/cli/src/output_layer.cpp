@@ -5,6 +5,7 @@
 #include <cmath>
 #include <limits>
 
+#include "prefetch.h"
 #include "rounding.h"
 
 namespace bitnet {
@@ -14,14 +15,14 @@ constexpr size_t kRowsPerPiece = 64;         // of the matrix, for one thread at
 constexpr size_t kSketchRowsPerPiece = 128;  // 82 kB at 2,560 columns
 constexpr size_t kEstimatesPerPiece = 1024;
 constexpr size_t kCandidatesPerPiece = 16;
-constexpr size_t kAhead = 8;  // rows of the second plane that are asked for before they are multiplied
+constexpr size_t kAhead = 8;         // rows of a further plane that are asked for before they are multiplied
 constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for
 // Of so many rows for each of the k that are wanted the estimates are refined before anything is computed exactly: the
 // better the first k, the fewer rows have a chance beside them.
 constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
 // How far from its estimate a logit is looked for, in standard deviations. Errors that are independent of the vector
-// stay within 7 but for one row in 10¹²; docs/performance.md says what it was tried on.
-constexpr float kDeviations = 7.0f;
+// stay within 6.5 but for one row in 10¹⁰; docs/performance.md says what it was tried on.
+constexpr float kDeviations = 6.5f;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -157,15 +158,15 @@ std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::
   return best.take();
 }
 
-// The estimate of a row from both planes.
-float OutputLayer::refined(size_t place, size_t row, size_t thread) {
-  const OutputSketch::Plane& plane = model_.output_sketch()->planes[1];
+// An estimate of a row with what a further plane adds to it.
+float OutputLayer::refined(size_t place, size_t p, float estimate, size_t row, size_t thread) {
+  const OutputSketch::Plane& plane = model_.output_sketch()->planes[p];
   const Query& q = queries_[place];
   const TernaryRows codes = plane.codes.slice(row, 1);
   int32_t sum;
   kernels_.ternary_matmul(codes, values(place, 1), &sum, 1);
   scratch_[thread].bytes += codes.row_bytes();
-  return estimates(place)[row] + q.unit * plane.steps[row] * (static_cast<float>(sum) - q.centre);
+  return estimate + q.unit * plane.steps[row] * (static_cast<float>(sum) - q.centre);
 }
 
 float OutputLayer::exact(size_t which, size_t row, size_t thread) {
@@ -196,7 +197,11 @@ std::vector<Candidate> OutputLayer::sketched_best(size_t which, size_t k, std::s
   const auto compute = [&](size_t row, size_t thread) { return exact(which, row, thread); };
 
   std::vector<Candidate> out = best_estimates(place, kRefinedFirst * k + kLeastRefined, allowed);
-  fill_in(out, [&](size_t row, size_t thread) { return refined(place, row, thread); });
+  fill_in(out, [&](size_t row, size_t thread) {
+    float value = estimates(place)[row];
+    for (size_t p = 1; p < kSketchPlanes; p++) value = refined(place, p, value, row, thread);
+    return value;
+  });
   sort_best(out, k);
   fill_in(out, compute);
   float least = out.size() < k ? -kInfinity : kInfinity;
@@ -208,25 +213,33 @@ std::vector<Candidate> OutputLayer::sketched_best(size_t which, size_t k, std::s
   std::sort(done.begin(), done.end());
 
   const Query& q = queries_[place];
+  const float* estimated = estimates(place);
   const float* most = highest(place);
-  const OutputSketch::Plane& plane = sketch.planes[1];
   pool_.for_each(ceil_div(n_vocab_, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
-    std::array<uint32_t, kEstimatesPerPiece> rows;
+    // Those that are left, plane after plane. NaN, of wrong weights, stays: it is not known to be small.
+    std::array<Estimate, kEstimatesPerPiece> left;
     size_t n = 0;
     for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, n_vocab_); r++) {
-      rows[n] = static_cast<uint32_t>(r);
-      n += !(most[r] < least);  // NaN, of wrong weights, stays: it is not known to be small
+      left[n] = {static_cast<uint32_t>(r), estimated[r]};
+      n += !(most[r] < least);
     }
-    for (size_t i = 0; i < n; i++) {
-      const size_t row = rows[i];
-      if (i + kAhead < n)
-        for (size_t at = 0; at < dim_ / 4; at += 64) __builtin_prefetch(plane.codes.slice(rows[i + kAhead], 1).data + at);
-      if (!is_allowed(allowed, row)) continue;
-      if (refined(place, row, thread) + q.per_error * plane.errors[row] + q.per_norm * sketch.norms[row] < least)
-        continue;
-      if (std::binary_search(done.begin(), done.end(), row)) continue;
-      scratch_[thread].found.push_back({compute(row, thread), static_cast<int32_t>(row)});
+    for (size_t p = 1; p < kSketchPlanes; p++) {
+      const OutputSketch::Plane& plane = sketch.planes[p];
+      size_t n_kept = 0;
+      for (size_t i = 0; i < n; i++) {
+        if (i + kAhead < n) prefetch(plane.codes.slice(left[i + kAhead].row, 1).data, plane.codes.row_bytes());
+        const size_t row = left[i].row;
+        if (!is_allowed(allowed, row)) continue;
+        const float value = refined(place, p, left[i].value, row, thread);
+        // A branch, foreseen: a store whose place depended on the sum would let the next row wait for it.
+        if (value + q.per_error * plane.errors[row] + q.per_norm * sketch.norms[row] < least) continue;
+        left[n_kept++] = {left[i].row, value};
+      }
+      n = n_kept;
     }
+    for (size_t i = 0; i < n; i++)
+      if (const size_t row = left[i].row; !std::binary_search(done.begin(), done.end(), row))
+        scratch_[thread].found.push_back({compute(row, thread), static_cast<int32_t>(row)});
   });
   for (Scratch& s : scratch_) {
     out.insert(out.end(), s.found.begin(), s.found.end());

@@ -58,6 +58,12 @@ class OutputLayer {
     float per_norm;   // … and for its norm, since the values are quantised
   };
 
+  // What is known of a row's logit so far.
+  struct Estimate {
+    uint32_t row;
+    float value;
+  };
+
   // What a thread needs of its own.
   struct Scratch {
     std::vector<int32_t> sums;  // (kEstimatedTogether, rows of a piece)
@@ -74,7 +80,7 @@ class OutputLayer {
   void prepare(size_t which, size_t place);
   void estimate(size_t which);
   std::vector<Candidate> best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed);
-  float refined(size_t place, size_t row, size_t thread);
+  float refined(size_t place, size_t plane, float estimate, size_t row, size_t thread);
   float exact(size_t which, size_t row, size_t thread);
   std::vector<Candidate> sketched_best(size_t which, size_t k, std::span<const uint64_t> allowed);
   template <class F>

@@ -39,7 +39,7 @@ OutputSketch::OutputSketch(const FloatRows& w, uint8_t* memory) : norms(w.rows) 
 }
 
 void OutputSketch::add(const FloatRows& w, size_t row, const Kernels& kernels, float* work) {
-  uint8_t* codes[2];
+  uint8_t* codes[kSketchPlanes];
   for (size_t p = 0; p < planes.size(); p++) codes[p] = const_cast<uint8_t*>(planes[p].codes.slice(row, 1).data);
   const RowSketch sketch = kernels.sketch_row(w.slice(row, 1), means.data(), inverse_scales_.data(), work, codes);
   for (size_t p = 0; p < planes.size(); p++) {

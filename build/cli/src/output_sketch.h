@@ -1,6 +1,6 @@
-// What is read of the output matrix for every token in its stead: two planes of two bits a weight, made once in memory
-// from a matrix of any type. The first plane tells which rows have a chance to be among the largest logits, the second
-// which of them to compute.
+// What is read of the output matrix for every token in its stead: planes of two bits a weight, made once in memory from
+// a matrix of any type. The first plane tells which rows have a chance to be among the largest logits, each further one
+// which of them still have.
 #pragma once
 
 #include <array>
@@ -12,8 +12,8 @@
 
 namespace bitnet {
 
-// w[r][i] ≈ means[i] + scales[i] · Σₚ steps[p][r] · (code p of r, i − 1.5). Rows are standardised by column first, so
-// that a column of large weights does not spoil what is known of the others.
+// w[r][i] ≈ means[i] + scales[i] · Σₚ planes[p].steps[r] · (code of r, i in plane p − 1.5). Rows are standardised by
+// column first, so that a column of large weights does not spoil what is known of the others.
 struct OutputSketch {
   struct Plane {
     TernaryRows codes;          // 0 … 3
@@ -23,14 +23,14 @@ struct OutputSketch {
 
   // `memory` must have bytes(w) and outlive the sketch. Looks at some rows of w; fills in nothing yet.
   OutputSketch(const FloatRows& w, uint8_t* memory);
-  static size_t bytes(const FloatRows& w) { return 2 * plane_bytes(w.rows, w.cols); }
+  static size_t bytes(const FloatRows& w) { return kSketchPlanes * plane_bytes(w.rows, w.cols); }
   static size_t plane_bytes(size_t rows, size_t cols) { return rows * (cols / 4); }
 
   // Each row once, by any thread. work: (cols)
   void add(const FloatRows& w, size_t row, const Kernels& kernels, float* work);
 
   std::vector<float> means, scales;  // (cols)
-  std::array<Plane, 2> planes;
+  std::array<Plane, kSketchPlanes> planes;
   std::vector<float> norms;  // (rows): √Σᵢ of the standardised row's squares
 
  private:

@@ -5,6 +5,7 @@
 #include <cmath>
 
 #include "elementary.h"
+#include "prefetch.h"
 #include "rounding.h"
 
 namespace bitnet {
@@ -199,7 +200,7 @@ void Transformer::fetch_ahead(const Regions& regions, size_t thread) const {
       continue;
     }
     const uint8_t* start = r.data + piece * kRowsPerPiece * r.row_bytes;
-    for (size_t i = 0; i < kAheadBytes; i += 64) __builtin_prefetch(start + i, 0, 2);
+    prefetch(start, kAheadBytes);
     return;
   }
 }

@@ -86,11 +86,13 @@ struct FloatRows {
   FloatRows slice(size_t first, size_t count) const;
 };
 
+inline constexpr size_t kSketchPlanes = 3;
+
 // What sketch_row says of a row.
 struct RowSketch {
-  float steps[2];   // of the codes of each plane
-  float errors[2];  // root mean square of what is left after the first plane, and after both
-  float norm;       // √Σ u²
+  float steps[kSketchPlanes];   // of a plane's codes
+  float errors[kSketchPlanes];  // root mean square of what a plane and those before it leave
+  float norm;                   // √Σ u²
 };
 
 // Keys and values of one layer and one kv head, of up to kChunkPositions positions. Keys lie in blocks of 16 positions,
@@ -171,10 +173,10 @@ struct Kernels {
   // out (n_heads, head_dim) = sums / totals
   void (*divide_attention)(const Attention& sum, size_t n_heads, size_t head_dim, float* out);
 
-  // The row of w, standardised to u[i] = (weight[i] − means[i]) · inverse_scales[i], in two planes of 2-bit codes, each
-  // laid out as I2_S, (cols / 4): u[i] ≈ steps[0] · (codes[0][i] − 1.5) + steps[1] · (codes[1][i] − 1.5). work: (cols)
+  // The row of w, standardised to u[i] = (weight[i] − means[i]) · inverse_scales[i], in planes of 2-bit codes, each
+  // laid out as I2_S, (cols / 4): u[i] ≈ Σₚ steps[p] · (codes[p][i] − 1.5). work: (cols)
   RowSketch (*sketch_row)(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
-                          uint8_t* const codes[2]);
+                          uint8_t* const codes[kSketchPlanes]);
 
   // out[t · out_stride + r] = Σᵢ w.rows[r][i] · x[t · cols + i], with the weights as decode_row gives them.
   void (*dot_rows)(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride);
