@@ -115,7 +115,7 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
   const double cache_bytes = static_cast<double>(KvCache::bytes_per_position(engine.config(), engine.kv_type)) *
                              (static_cast<double>(options.depth) + static_cast<double>(options.predict_tokens) / 2.0);
   const auto n_sequences = static_cast<double>(options.sequences);
-  const double bytes_per_step =
+  const double whole_bytes =
       static_cast<double>(engine.model.bytes_per_token(kernels_for(engine.isa))) + n_sequences * cache_bytes;
 
   if (options.sequences > engine.transformer.max_batch())
@@ -125,7 +125,6 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
 
   std::vector<double> prefill, decode, bandwidth, fraction, bytes;
   for (size_t i = 0; i < options.repetitions; i++) {
-    bandwidth.push_back(buffer.bytes_per_second(engine.pool));
     if (options.prompt_tokens > 0) {
       session.truncate(options.depth);
       const Clock::time_point start = Clock::now();
@@ -133,13 +132,22 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
       engine.transformer.output().best(0, kTopK);
       prefill.push_back(static_cast<double>(options.prompt_tokens) / seconds_since(start));
     }
+    const double before = buffer.bytes_per_second(engine.pool);
     if (options.predict_tokens > 0) {
+      const uint64_t refined = engine.transformer.output().bytes_refined();
       const Clock::time_point start = Clock::now();
       for (size_t t = 0; t < options.predict_tokens; t++) texts.evaluate(all[options.depth + t], options.depth + t);
       const double steps = static_cast<double>(options.predict_tokens) / seconds_since(start);
       decode.push_back(n_sequences * steps);
+      const double bytes_per_step =
+          whole_bytes + static_cast<double>(engine.transformer.output().bytes_refined() - refined) /
+                            static_cast<double>(options.predict_tokens);
       bytes.push_back(bytes_per_step / n_sequences);
+      // The memory of a virtual machine is not as fast from one second to the next: before and after.
+      bandwidth.push_back((before + buffer.bytes_per_second(engine.pool)) / 2.0);
       fraction.push_back(bytes_per_step * steps / bandwidth.back());
+    } else {
+      bandwidth.push_back(before);
     }
   }
   nlohmann::ordered_json out;
