@@ -224,32 +224,29 @@ Model::~Model() {
   if (settled_) munmap(settled_, settled_size_);
 }
 
-bool Model::settle(ThreadPool& pool, const Kernels& kernels) {
-  constexpr auto kTime = std::chrono::milliseconds(5);
+bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time) {
   if (!settling_) {
     settling_ = true;
     settled_size_ = settled_bytes(kernels);
     void* memory =
         mmap(nullptr, settled_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-    if (memory == MAP_FAILED) {
-      next_row_ = output_.rows;
-      next_matrix_ = n_matrices();
-    } else {
+    if (memory != MAP_FAILED) {
       settled_ = static_cast<uint8_t*>(memory);
       madvise(settled_, settled_size_, MADV_HUGEPAGE);
       sketch_.emplace(output_, settled_);
       n_settled_ = round_up(OutputSketch::bytes(output_), kCacheLine);
     }
   }
+  if (!settled_) return false;
   const auto start = std::chrono::steady_clock::now();
-  while (std::chrono::steady_clock::now() - start < kTime) {
-    if (next_row_ < output_.rows)
+  do {
+    if (n_sketched_ < output_.rows)
       settle_output(pool, kernels);
     else if (next_matrix_ < n_matrices())
       settle_ternary(ternary_matrix(next_matrix_++), pool, kernels);
     else
       return false;
-  }
+  } while (std::chrono::steady_clock::now() - start < time);
   return true;
 }
 
@@ -274,16 +271,14 @@ void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& ke
 
 void Model::settle_output(ThreadPool& pool, const Kernels& kernels) {
   constexpr size_t kRowsPerCall = 1024, kRowsPerPiece = 16;
-  const size_t first = next_row_, end = std::min(first + kRowsPerCall, output_.rows);
-  pool.for_each(ceil_div(end - first, kRowsPerPiece), [&](size_t piece, size_t) {
+  const size_t end = std::min(n_sketched_ + kRowsPerCall, output_.rows);
+  pool.for_each(ceil_div(end - n_sketched_, kRowsPerPiece), [&](size_t piece, size_t) {
     std::vector<float> work(output_.cols);
-    const size_t begin = first + piece * kRowsPerPiece;
-    for (size_t r = begin; r < std::min(begin + kRowsPerPiece, end); r++)
-      sketch_->add(output_, r, kernels, work.data());
+    const size_t first = n_sketched_ + piece * kRowsPerPiece, n = std::min(kRowsPerPiece, end - first);
+    for (size_t r = first; r < first + n; r++) sketch_->add(output_, r, kernels, work.data());
+    give_back(output_.slice(first, n).data, n * row_bytes(output_.type, output_.cols));
   });
-  give_back(output_.slice(first, 0).data, (end - first) * row_bytes(output_.type, output_.cols));
-  next_row_ = end;
-  sketched_ = end == output_.rows;
+  n_sketched_ = end;
 }
 
 size_t Model::settled_bytes(const Kernels& kernels) const {

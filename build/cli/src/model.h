@@ -1,6 +1,7 @@
 // The model: configuration and weights. Everything points into the GGUF map until it settles.
 #pragma once
 
+#include <chrono>
 #include <cstddef>
 #include <cstdint>
 #include <optional>
@@ -71,16 +72,18 @@ class Model {
   Model& operator=(const Model&) = delete;
 
   // The weights begin in the file's small pages, through which memory is read a fifth slower, and the output matrix is
-  // more than a token needs of it. Each call spends some milliseconds on sketching it and on moving the ternary weights
-  // into large pages, trits as codes unless the kernels compute from trits, and gives the file's pages back; false when
-  // all is done. To be called between passes, so that the first token need not wait for it. Where there is no memory,
-  // everything stays as it is.
-  bool settle(ThreadPool& pool, const Kernels& kernels);
+  // more than a token needs of it. Each call spends this time or a little more on sketching it and on moving the
+  // ternary weights into large pages, trits as codes unless the kernels compute from trits, and gives the file's pages
+  // back; false when all is done. To be called between passes, so that the first token need not wait for it. Where
+  // there is no memory, everything stays as it is.
+  bool settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time = std::chrono::milliseconds(20));
 
   const Config& config() const { return config_; }
   const FloatRows& token_embedding() const { return token_embedding_; }  // (n_vocab, dim)
   const FloatRows& output() const { return output_; }  // (n_vocab, dim); the embedding where they are tied
-  const OutputSketch* output_sketch() const { return sketched_ ? &*sketch_ : nullptr; }  // nullptr: not yet
+  // The sketch of the output matrix's first rows, as many as n_sketched() says.
+  const OutputSketch& output_sketch() const { return *sketch_; }
+  size_t n_sketched() const { return n_sketched_; }
   // A row of the output matrix, copied from the file. out: its row_bytes().
   void read_output_row(size_t row, std::span<uint8_t> out) const { file_.read(output_.slice(row, 1).data, out); }
   const float* output_norm() const { return output_norm_; }  // (dim)
@@ -109,11 +112,11 @@ class Model {
   const float* output_norm_;
   std::vector<Layer> layers_;
   std::vector<float> rope_frequencies_;
-  bool settling_ = false, sketched_ = false;
-  std::optional<OutputSketch> sketch_;       // of the first next_row_ rows until it is whole
-  uint8_t* settled_ = nullptr;               // settled_size_ bytes
+  bool settling_ = false;
+  uint8_t* settled_ = nullptr;               // settled_size_ bytes; nullptr: there is no memory for it
   size_t settled_size_ = 0, n_settled_ = 0;  // of them, n_settled_ are filled
-  size_t next_row_ = 0, next_matrix_ = 0;    // of the output matrix, and the ternary matrix, that come next
+  std::optional<OutputSketch> sketch_;
+  size_t n_sketched_ = 0, next_matrix_ = 0;
 };
 
 }  // namespace bitnet

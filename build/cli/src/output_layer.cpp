@@ -89,23 +89,23 @@ OutputLayer::OutputLayer(const Model& model, const Kernels& kernels, ThreadPool&
   }
 }
 
-void OutputLayer::logits(float* out) const { multiply(outputs_.data(), n_, out); }
+void OutputLayer::logits(float* out) const { multiply(outputs_.data(), n_, 0, out); }
 
-void OutputLayer::logits(float* out, size_t which) const { multiply(output(which), 1, out); }
+void OutputLayer::logits(float* out, size_t which) const { multiply(output(which), 1, 0, out); }
 
-// out (n, n_vocab) = x (n, dim) times the output matrix.
-void OutputLayer::multiply(const float* x, size_t n, float* out) const {
+// out (n, rows from first_row on) = x (n, dim) times these rows of the output matrix.
+void OutputLayer::multiply(const float* x, size_t n, size_t first_row, float* out) const {
+  const size_t rows = n_vocab_ - first_row;
   if (n == 0) return;
-  const FloatRows& matrix = model_.output();
-  pool_.for_each(ceil_div(n_vocab_, kRowsPerPiece), [&](size_t piece, size_t) {
-    const size_t first = piece * kRowsPerPiece, count = std::min(kRowsPerPiece, n_vocab_ - first);
-    kernels_.dot_rows(matrix.slice(first, count), x, n, out + first, n_vocab_);
+  pool_.for_each(ceil_div(rows, kRowsPerPiece), [&](size_t piece, size_t) {
+    const size_t first = piece * kRowsPerPiece, count = std::min(kRowsPerPiece, rows - first);
+    kernels_.dot_rows(model_.output().slice(first_row + first, count), x, n, out + first, rows);
   });
 }
 
 // w · x = Σ means · x + Σ standardised w · scales · x, of which the second factor is quantised.
 void OutputLayer::prepare(size_t which, size_t place) {
-  const OutputSketch& sketch = *model_.output_sketch();
+  const OutputSketch& sketch = model_.output_sketch();
   const float* x = output(which);
   double offset = 0.0, squares = 0.0;
   for (size_t i = 0; i < dim_; i++) {
@@ -120,15 +120,17 @@ void OutputLayer::prepare(size_t which, size_t place) {
 
 // Estimates of output `which` and, since the sketch is read for one anyway, of those after it.
 void OutputLayer::estimate(size_t which) {
-  if (which >= first_estimated_ && which < first_estimated_ + n_estimated_) return;
-  const OutputSketch& sketch = *model_.output_sketch();
+  const size_t rows = model_.n_sketched();
+  if (which >= first_estimated_ && which < first_estimated_ + n_estimated_ && rows == rows_estimated_) return;
+  const OutputSketch& sketch = model_.output_sketch();
   const OutputSketch::Plane& plane = sketch.planes[0];
   first_estimated_ = which;
+  rows_estimated_ = rows;
   n_estimated_ = std::min(kEstimatedTogether, n_ - which);
   for (size_t i = 0; i < n_estimated_; i++) prepare(which + i, i);
   bounds_.resize(2 * kEstimatedTogether * n_vocab_);
-  pool_.for_each(ceil_div(n_vocab_, kSketchRowsPerPiece), [&](size_t piece, size_t thread) {
-    const size_t first = piece * kSketchRowsPerPiece, n = std::min(kSketchRowsPerPiece, n_vocab_ - first);
+  pool_.for_each(ceil_div(rows, kSketchRowsPerPiece), [&](size_t piece, size_t thread) {
+    const size_t first = piece * kSketchRowsPerPiece, n = std::min(kSketchRowsPerPiece, rows - first);
     int32_t* sums = scratch_[thread].sums.data();
     kernels_.ternary_matmul(plane.codes.slice(first, n), values(0, n_estimated_), sums, kSketchRowsPerPiece);
     for (size_t place = 0; place < n_estimated_; place++, sums += kSketchRowsPerPiece) {
@@ -147,9 +149,10 @@ void OutputLayer::estimate(size_t which) {
 std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed) {
   const float* estimated = estimates(place);
   std::vector<Best> of_threads(pool_.size(), Best(n));
-  pool_.for_each(ceil_div(n_vocab_, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
+  const size_t rows = model_.n_sketched();
+  pool_.for_each(ceil_div(rows, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
     Best& best = of_threads[thread];
-    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, n_vocab_); r++)
+    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, rows); r++)
       if (estimated[r] >= best.least() && is_allowed(allowed, r)) best.offer({estimated[r], static_cast<int32_t>(r)});
   });
   Best best(n);
@@ -160,7 +163,7 @@ std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::
 
 // An estimate of a row with what a further plane adds to it.
 float OutputLayer::refined(size_t place, size_t p, float estimate, size_t row, size_t thread) {
-  const OutputSketch::Plane& plane = model_.output_sketch()->planes[p];
+  const OutputSketch::Plane& plane = model_.output_sketch().planes[p];
   const Query& q = queries_[place];
   const TernaryRows codes = plane.codes.slice(row, 1);
   int32_t sum;
@@ -189,37 +192,51 @@ void OutputLayer::fill_in(std::vector<Candidate>& candidates, F&& logit) {
   });
 }
 
+// Of the rows that are not sketched yet.
+std::vector<Candidate> OutputLayer::best_without_sketch(size_t which, size_t k, std::span<const uint64_t> allowed) {
+  const size_t first = model_.n_sketched();
+  logits_.resize(n_vocab_ - first);
+  multiply(output(which), 1, first, logits_.data());
+  Best best(k);
+  for (size_t r = first; r < n_vocab_; r++)
+    if (is_allowed(allowed, r)) best.offer({logits_[r - first], static_cast<int32_t>(r)});
+  return best.take();
+}
+
 // The best k by their estimates are computed; a row that cannot reach the least of them is not among the best k.
-std::vector<Candidate> OutputLayer::sketched_best(size_t which, size_t k, std::span<const uint64_t> allowed) {
+std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<const uint64_t> allowed) {
+  const size_t rows = model_.n_sketched();
+  std::vector<Candidate> out;
+  if (rows < n_vocab_) out = best_without_sketch(which, k, allowed);
+  if (rows == 0) return out;
   estimate(which);
   const size_t place = which - first_estimated_;
-  const OutputSketch& sketch = *model_.output_sketch();
+  const OutputSketch& sketch = model_.output_sketch();
+  const float* estimated = estimates(place);
   const auto compute = [&](size_t row, size_t thread) { return exact(which, row, thread); };
 
-  std::vector<Candidate> out = best_estimates(place, kRefinedFirst * k + kLeastRefined, allowed);
-  fill_in(out, [&](size_t row, size_t thread) {
-    float value = estimates(place)[row];
+  std::vector<Candidate> first = best_estimates(place, kRefinedFirst * k + kLeastRefined, allowed);
+  fill_in(first, [&](size_t row, size_t thread) {
+    float value = estimated[row];
     for (size_t p = 1; p < kSketchPlanes; p++) value = refined(place, p, value, row, thread);
     return value;
   });
-  sort_best(out, k);
-  fill_in(out, compute);
-  float least = out.size() < k ? -kInfinity : kInfinity;
+  sort_best(first, k);
+  fill_in(first, compute);
   std::vector<size_t> done;
-  for (const Candidate& candidate : out) {
-    least = std::min(least, candidate.logit);
-    done.push_back(static_cast<size_t>(candidate.token));
-  }
+  for (const Candidate& candidate : first) done.push_back(static_cast<size_t>(candidate.token));
   std::sort(done.begin(), done.end());
+  out.insert(out.end(), first.begin(), first.end());
+  sort_best(out, k);
+  const float least = out.size() < k ? -kInfinity : out.back().logit;
 
   const Query& q = queries_[place];
-  const float* estimated = estimates(place);
   const float* most = highest(place);
-  pool_.for_each(ceil_div(n_vocab_, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
+  pool_.for_each(ceil_div(rows, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
     // Those that are left, plane after plane. NaN, of wrong weights, stays: it is not known to be small.
     std::array<Estimate, kEstimatesPerPiece> left;
     size_t n = 0;
-    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, n_vocab_); r++) {
+    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, rows); r++) {
       left[n] = {static_cast<uint32_t>(r), estimated[r]};
       n += !(most[r] < least);
     }
@@ -231,7 +248,6 @@ std::vector<Candidate> OutputLayer::sketched_best(size_t which, size_t k, std::s
         const size_t row = left[i].row;
         if (!is_allowed(allowed, row)) continue;
         const float value = refined(place, p, left[i].value, row, thread);
-        // A branch, foreseen: a store whose place depended on the sum would let the next row wait for it.
         if (value + q.per_error * plane.errors[row] + q.per_norm * sketch.norms[row] < least) continue;
         left[n_kept++] = {left[i].row, value};
       }
@@ -257,17 +273,9 @@ std::vector<Candidate> OutputLayer::best(size_t which, size_t k, std::span<const
     for (size_t t = 0; t < n_vocab_; t++)
       if (is_allowed(allowed, t)) candidates.push_back({0.0f, static_cast<int32_t>(t)});
     fill_in(candidates, [&](size_t row, size_t thread) { return exact(which, row, thread); });
-  } else if (model_.output_sketch()) {
-    candidates = sketched_best(which, k, allowed);
   } else {
-    bounds_.resize(std::max(bounds_.size(), n_vocab_));
-    multiply(output(which), 1, bounds_.data());
-    for (size_t t = 0; t < n_vocab_; t++)
-      if (!is_allowed(allowed, t)) bounds_[t] = -kInfinity;
-    candidates = best_of(bounds_, k);
+    candidates = search(which, k, allowed);
   }
-  // Tokens without a finite logit are last, and there may be some among them that are not allowed.
-  std::erase_if(candidates, [&](const Candidate& c) { return !is_allowed(allowed, static_cast<size_t>(c.token)); });
   sort_best(candidates, k);
   return candidates;
 }

@@ -76,13 +76,14 @@ class OutputLayer {
   float* estimates(size_t place) { return &bounds_[2 * place * n_vocab_]; }      // (n_vocab)
   float* highest(size_t place) { return &bounds_[(2 * place + 1) * n_vocab_]; }  // (n_vocab)
   Activations values(size_t place, size_t n) const { return {&values_[place * dim_], &sums_[place], n}; }
-  void multiply(const float* x, size_t n, float* out) const;
+  void multiply(const float* x, size_t n, size_t first_row, float* out) const;
+  std::vector<Candidate> best_without_sketch(size_t which, size_t k, std::span<const uint64_t> allowed);
   void prepare(size_t which, size_t place);
   void estimate(size_t which);
   std::vector<Candidate> best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed);
   float refined(size_t place, size_t plane, float estimate, size_t row, size_t thread);
   float exact(size_t which, size_t row, size_t thread);
-  std::vector<Candidate> sketched_best(size_t which, size_t k, std::span<const uint64_t> allowed);
+  std::vector<Candidate> search(size_t which, size_t k, std::span<const uint64_t> allowed);
   template <class F>
   void fill_in(std::vector<Candidate>& candidates, F&& logit);
 
@@ -93,12 +94,14 @@ class OutputLayer {
   size_t n_ = 0;
   std::vector<float> outputs_;  // (max_outputs, dim)
 
-  size_t first_estimated_ = 0, n_estimated_ = 0;  // outputs whose estimates are at hand
+  size_t first_estimated_ = 0, n_estimated_ = 0;  // outputs whose estimates are at hand, …
+  size_t rows_estimated_ = 0;                     // … of so many rows
   std::array<Query, kEstimatedTogether> queries_;
   std::vector<float> scaled_;                     // (dim)
   std::vector<int8_t> values_;                    // (kEstimatedTogether, dim): outputs, scaled and quantised
   std::array<int32_t, kEstimatedTogether> sums_;  // of them
   std::vector<float> bounds_;                     // (kEstimatedTogether, 2, n_vocab)
+  std::vector<float> logits_;                     // of rows that are not sketched yet
   std::vector<Scratch> scratch_;                  // a thread each
 };
 

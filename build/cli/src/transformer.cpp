@@ -175,11 +175,9 @@ void Transformer::project(std::initializer_list<Projection> projections, const R
 Transformer::Region Transformer::region(const TernaryMatrix& m) { return {m.data, m.rows, m.all().row_bytes()}; }
 
 Transformer::Region Transformer::output_region() const {
-  if (const OutputSketch* sketch = model_.output_sketch()) {
-    const TernaryRows& codes = sketch->planes[0].codes;
-    return {codes.data, codes.rows, codes.row_bytes()};
-  }
-  return {};
+  if (model_.n_sketched() == 0) return {};
+  const TernaryRows& codes = model_.output_sketch().planes[0].codes;
+  return {codes.data, model_.n_sketched(), codes.row_bytes()};
 }
 
 Transformer::Regions Transformer::attention_inputs(size_t layer) const {
