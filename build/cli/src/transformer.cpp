@@ -13,6 +13,7 @@ namespace {
 
 constexpr size_t kRowsPerPiece = 128;             // for one thread at a time: 82 kB of codes at 2,560 columns
 constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for before it waits for the others
+constexpr size_t kManyTokens = 64;                // from so many on trits are expanded once rather than for every four
 constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kTokensPerGroup = 8;             // that go through a sequence's cache together
 constexpr size_t kFewAttending = 16;              // tokens whose attention is divided among threads by chunks
@@ -218,7 +219,7 @@ void Transformer::by_multiplication(const Piece& piece, size_t thread) {
   const TernaryRows rows = w.all().slice(piece.first_row, piece.n_rows);
   if (rows.type == TernaryType::kCodes)
     kernels_.ternary_matmul(rows, activations, sums, kRowsPerPiece);
-  else if (computes_from_trits(kernels_, rows.cols))
+  else if (piece.n_tokens < kManyTokens && computes_from_trits(kernels_, rows.cols))
     kernels_.trit_matmul(rows, activations, sums, kRowsPerPiece);
   else
     by_expansion(rows, activations, sums, codes_[thread]);
