@@ -14,8 +14,10 @@ std::vector<TokenId> Drafter::propose(std::span<const TokenId> history, size_t l
   const std::span<const TokenId> tail = history.last(kMatch);
   for (size_t end = history.size() - 1; end >= kMatch; end--)  // the latest place first
     if (std::equal(tail.begin(), tail.end(), history.begin() + static_cast<std::ptrdiff_t>(end - kMatch))) {
-      const std::span<const TokenId> next = history.subspan(end, std::min(length, history.size() - end));
-      return {next.begin(), next.end()};
+      std::vector<TokenId> next;
+      for (size_t i = end; i < end + length; i++)  // past its end the text goes on as it is guessed to
+        next.push_back(i < history.size() ? history[i] : next[i - history.size()]);
+      return next;
     }
   return {};
 }

@@ -1,6 +1,6 @@
 // Guesses at the next tokens, looked up in what the text already says (prompt look-up decoding): after three tokens
-// that stood together before often comes what came then. The model checks all guesses in one pass over its weights, so
-// a right one costs next to nothing.
+// that stood together before often comes what came then, again and again where a text goes round in a circle. The model
+// checks all guesses in one pass over its weights, so a right one costs next to nothing.
 #pragma once
 
 #include <cstddef>
