@@ -18,7 +18,6 @@ namespace avx512_vbmi {
 constexpr size_t kUnitBlocks = kCodeUnit / 32;
 constexpr size_t kUnitCols = kUnitBlocks * kTernaryBlock;
 constexpr size_t kTileRows = 4;             // that several tokens' pass does
-constexpr size_t kAhead = 8192;             // bytes that are asked for ahead of those at hand, in the next rows
 constexpr int32_t kInverse81 = 2014922929;  // modulo 2³²: divides multiples of 81
 
 // Byte of trits → byte of I2_S that its first four stand for, and code of the fifth.
@@ -90,7 +89,7 @@ inline __m512i row_by_token(const uint8_t* row, size_t halves, const int8_t* lai
   __m512i acc[5];
   for (__m512i& a : acc) a = _mm512_setzero_si512();
   for (size_t half = 0; half < halves; half++, row += 64, laid += 5 * 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(row + kAhead), _MM_HINT_T0);
+    _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchBytes), _MM_HINT_T0);
     const __m512i v = load512(row);
     // Below 81, the difference that does not wrap around is the smallest.
     const __m512i q = _mm512_min_epu8(_mm512_min_epu8(v, _mm512_sub_epi8(v, once)), _mm512_sub_epi8(v, twice));
@@ -143,7 +142,7 @@ inline void rows_by_tokens(const TernaryRows& w, size_t first, const int8_t* lai
     __m512i four[R], fifth[R];
     for (int r = 0; r < R; r++) {
       const uint8_t* p = data + static_cast<size_t>(r) * stride + half * 64;
-      _mm_prefetch(reinterpret_cast<const char*>(p + kAhead), _MM_HINT_T0);
+      _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes), _MM_HINT_T0);
       const __m512i trits = load512(p);
       four[r] = code_table[trits];
       fifth[r] = fifth_table[trits];
