@@ -41,13 +41,14 @@ def test_the_binary_is_static_and_small(engine_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "processor", ["qemu64", "Nehalem", "SandyBridge", "IvyBridge", "max,-avx2", "max,-fma", "max,-f16c"]
+    "processor",
+    ["qemu64", "Nehalem", "SandyBridge", "IvyBridge", "max,-avx2", "max,-fma", "max,-f16c", "max,-bmi2"],
 )
-def test_a_processor_without_avx2_fma_or_f16c_is_refused(processor: str, bitnet: Bitnet, demo_model: Path) -> None:
+def test_a_processor_without_what_is_needed_is_refused(processor: str, bitnet: Bitnet, demo_model: Path) -> None:
     for arguments in (("generate", "-m", demo_model, "-p", "Once"), ("info", demo_model), ("--version",), ()):
         run = run_as(processor, bitnet, *arguments)
         assert run.returncode == UNSUPPORTED_PROCESSOR
-        assert error_line(run.stderr) == "this processor lacks AVX2, FMA or F16C, which bitnet needs"
+        assert error_line(run.stderr) == "this processor lacks AVX2, FMA, F16C or BMI2, which bitnet needs"
         assert not run.stdout
 
 

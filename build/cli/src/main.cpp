@@ -490,7 +490,7 @@ int run(int argc, char** argv) {
 
 int main(int argc, char** argv) {
   if (!bitnet::supported(bitnet::Isa::kAvx2)) {
-    std::fputs("bitnet: this processor lacks AVX2, FMA or F16C, which bitnet needs\n", stderr);
+    std::fputs("bitnet: this processor lacks AVX2, FMA, F16C or BMI2, which bitnet needs\n", stderr);
     return static_cast<int>(bitnet::ExitCode::kUnsupportedProcessor);
   }
   // Memory can run out where nothing may be thrown: in a thread, in a destructor of the JSON library. GCC before 13

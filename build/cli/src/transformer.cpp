@@ -13,7 +13,9 @@ namespace {
 
 constexpr size_t kRowsPerPiece = 128;             // for one thread at a time: 82 kB of codes at 2,560 columns
 constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for before it waits for the others
-constexpr size_t kManyTokens = 64;                // from so many on trits are expanded once rather than for every four
+constexpr size_t kMostTiles = 8;                  // of tokens that look-up does with the same rows: 256 or 128 tokens
+constexpr size_t kLeastLutRows = 512;             // fewer would be slow, since tables are made for all of them
+constexpr size_t kPiecesPerThread = 4;            // of look-up, so that no thread waits long for another
 constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kTokensPerGroup = 8;             // that go through a sequence's cache together
 constexpr size_t kFewAttending = 16;              // tokens whose attention is divided among threads by chunks
@@ -22,9 +24,9 @@ size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim});
 
 // How many of n tokens go by look-up: whole tiles, and a rest that is large enough.
 size_t lookup_tokens(const Kernels& kernels, size_t n) {
-  if (kernels.lut_lanes == 0) return 0;
+  if (kernels.lut_lanes == 0 || n < kernels.lut_min_tokens) return 0;
   const size_t rest = n % kernels.lut_lanes;
-  return rest >= kernels.lut_min_tokens ? n : n - rest;
+  return rest >= kernels.lut_min_rest ? n : n - rest;
 }
 
 size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
@@ -63,7 +65,7 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
       codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
       attention_scratch_(pool.size(), std::vector<float>(attention_floats(config_))) {
-  for (size_t i = 0; i < pool.size(); i++) lut_scratch_.emplace_back(kernels.lut_lanes);
+  for (size_t i = 0; i < pool.size(); i++) lut_scratch_.emplace_back(kernels.lut_lanes, widest(config_));
 }
 
 size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
@@ -71,7 +73,8 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
       6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
   const size_t partial = kFewAttending * ceil_div(max_context, kChunkPositions) * c.n_heads * (c.head_dim + 2);
   return max_batch * per_token + 4 * partial +
-         n_threads * (4 * (max_batch * kRowsPerPiece + attention_floats(c)) + LutScratch::bytes(kMaxLutLanes));
+         n_threads *
+             (4 * (max_batch * kRowsPerPiece + attention_floats(c)) + LutScratch::bytes(kMaxLutLanes, widest(c)));
 }
 
 // Section 3 of the model's description, block after block.
@@ -149,19 +152,11 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
 // `next` is what will be read after this.
 void Transformer::project(std::initializer_list<Projection> projections, const Regions& next) {
   pieces_.clear();
-  const size_t lanes = kernels_.lut_lanes;
-  for (const Projection& p : projections) {
-    const size_t rows = p.matrix->rows;
-    if (n_lookup_ > 0) {
-      const size_t chunk = round_up(ceil_div(rows, ceil_div(rows, kLutRows)), kLanes);
-      for (size_t r = 0; r < rows; r += chunk)
-        for (size_t t = 0; t < n_lookup_; t += lanes)
-          pieces_.push_back({&p, r, std::min(chunk, rows - r), t, std::min(lanes, n_lookup_ - t)});
-    }
-    if (n_lookup_ < n_)
-      for (size_t r = 0; r < rows; r += kRowsPerPiece)
-        pieces_.push_back({&p, r, std::min(kRowsPerPiece, rows - r), n_lookup_, n_ - n_lookup_});
-  }
+  add_lookup_pieces(projections);
+  if (n_lookup_ < n_)
+    for (const Projection& p : projections)
+      for (size_t r = 0; r < p.matrix->rows; r += kRowsPerPiece)
+        pieces_.push_back({&p, r, std::min(kRowsPerPiece, p.matrix->rows - r), n_lookup_, n_ - n_lookup_});
   pool_.for_each(
       pieces_.size(),
       [&](size_t i, size_t thread) {
@@ -171,6 +166,25 @@ void Transformer::project(std::initializer_list<Projection> projections, const R
           by_multiplication(pieces_[i], thread);
       },
       [&](size_t thread) { fetch_ahead(next, thread); });
+}
+
+// Pieces as large as pays, but enough of them for all threads: first the tiles are divided, then the rows.
+void Transformer::add_lookup_pieces(std::initializer_list<Projection> projections) {
+  if (n_lookup_ == 0) return;
+  const size_t lanes = kernels_.lut_lanes, n_tiles = ceil_div(n_lookup_, lanes);
+  const size_t n_pieces = kPiecesPerThread * pool_.size();
+  size_t n_rows = 0, n_chunks = 0;
+  for (const Projection& p : projections) n_rows += p.matrix->rows;
+  const size_t most = std::clamp(round_up(ceil_div(n_rows * n_tiles, n_pieces), kLanes), kLeastLutRows, kLutRows);
+  const auto chunk = [&](size_t rows) { return round_up(ceil_div(rows, ceil_div(rows, most)), kLanes); };
+  for (const Projection& p : projections) n_chunks += ceil_div(p.matrix->rows, chunk(p.matrix->rows));
+  const size_t tokens = lanes * std::clamp(n_tiles * n_chunks / n_pieces, size_t{1}, kMostTiles);
+  for (const Projection& p : projections) {
+    const size_t rows = p.matrix->rows;
+    for (size_t r = 0; r < rows; r += chunk(rows))
+      for (size_t t = 0; t < n_lookup_; t += tokens)
+        pieces_.push_back({&p, r, std::min(chunk(rows), rows - r), t, std::min(tokens, n_lookup_ - t)});
+  }
 }
 
 Transformer::Region Transformer::region(const TernaryMatrix& m) { return {m.data, m.rows, m.all().row_bytes()}; }
@@ -206,9 +220,12 @@ void Transformer::fetch_ahead(const Regions& regions, size_t thread) const {
 
 void Transformer::by_lookup(const Piece& piece, size_t thread) {
   const TernaryMatrix& w = *piece.projection->matrix;
-  kernels_.ternary_lut(w.all().slice(piece.first_row, piece.n_rows), &tiles_[piece.first_token * w.cols],
-                       piece.n_tokens, &quantised_scales_[piece.first_token], w.scale, lut_scratch_[thread],
-                       piece.projection->out + piece.first_token * w.rows + piece.first_row, w.rows);
+  LutScratch& scratch = lut_scratch_[thread];
+  kernels_.lut_numbers(w.all().slice(piece.first_row, piece.n_rows), scratch);
+  for (size_t t = piece.first_token; t < piece.first_token + piece.n_tokens; t += kernels_.lut_lanes)
+    kernels_.ternary_lut(piece.n_rows, w.cols, &tiles_[t * w.cols],
+                         std::min(kernels_.lut_lanes, piece.first_token + piece.n_tokens - t), &quantised_scales_[t],
+                         w.scale, scratch, piece.projection->out + t * w.rows + piece.first_row, w.rows);
 }
 
 void Transformer::by_multiplication(const Piece& piece, size_t thread) {
@@ -219,7 +236,7 @@ void Transformer::by_multiplication(const Piece& piece, size_t thread) {
   const TernaryRows rows = w.all().slice(piece.first_row, piece.n_rows);
   if (rows.type == TernaryType::kCodes)
     kernels_.ternary_matmul(rows, activations, sums, kRowsPerPiece);
-  else if (piece.n_tokens < kManyTokens && computes_from_trits(kernels_, rows.cols))
+  else if (computes_from_trits(kernels_, rows.cols))
     kernels_.trit_matmul(rows, activations, sums, kRowsPerPiece);
   else
     by_expansion(rows, activations, sums, codes_[thread]);

@@ -70,6 +70,7 @@ class Transformer {
   void embed(std::span<const BatchToken> batch);
   void norm_and_quantize(const float* in, const float* weight, size_t dim);          // → quantised_
   void project(std::initializer_list<Projection> projections, const Regions& next);  // from quantised_
+  void add_lookup_pieces(std::initializer_list<Projection> projections);
   void fetch_ahead(const Regions& regions, size_t thread) const;
   Regions attention_inputs(size_t layer) const;
   static Region region(const TernaryMatrix& m);

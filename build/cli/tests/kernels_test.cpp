@@ -358,19 +358,18 @@ TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and 
           k->ternary_matmul(w, {x.data(), sums.data(), n}, products.data(), rows);
           for (size_t t = 0; t < n; t++)
             k->dequantize(&products[t * rows], scales[t], 0.017f, rows, &expected[t * rows]);
-          LutScratch scratch(k->lut_lanes);
+          LutScratch scratch(k->lut_lanes, cols);
           k->transpose_tile(x.data(), cols, n, tile.data());
-          k->ternary_lut(w, tile.data(), n, scales.data(), 0.017f, scratch, got.data(), rows + 3);
-          const auto check = [&] {
+          const auto check = [&](const TernaryRows& given) {
+            std::fill(got.begin(), got.end(), -1.0f);
+            k->lut_numbers(given, scratch);
+            k->ternary_lut(rows, cols, tile.data(), n, scales.data(), 0.017f, scratch, got.data(), rows + 3);
             for (size_t t = 0; t < n; t++)
               CHECK(std::memcmp(&got[t * (rows + 3)], &expected[t * rows], rows * sizeof(float)) == 0);
           };
-          check();
-          std::fill(got.begin(), got.end(), -1.0f);
+          check(w);
           const std::vector<uint8_t> trits = trits_of(w);
-          k->ternary_lut({TernaryType::kTrits, trits.data(), rows, cols}, tile.data(), n, scales.data(), 0.017f,
-                         scratch, got.data(), rows + 3);
-          check();
+          check({TernaryType::kTrits, trits.data(), rows, cols});
         }
   }
 }

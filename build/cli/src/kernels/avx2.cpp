@@ -1,6 +1,7 @@
-// AVX2 + FMA + F16C: what every x86-64 processor of AWS Lambda has.
+// AVX2 + FMA + F16C + BMI2: what every x86-64 processor of AWS Lambda has.
 #include <immintrin.h>
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -8,7 +9,7 @@
 #include "kernels.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c")
+#pragma GCC target("avx2,fma,f16c,bmi2")
 
 namespace bitnet {
 namespace avx2 {
@@ -161,6 +162,8 @@ const Kernels kAvx2Kernels = {
     .expand_trits = avx2::expand_trits,
     .lut_lanes = avx2::kLutLanes,
     .lut_min_tokens = 13,
+    .lut_min_rest = 13,
+    .lut_numbers = avx2::lut_numbers,
     .ternary_lut = avx2::ternary_lut,
     .transpose_tile = avx2::transpose_tile,
     .dequantize = avx2::dequantize,

@@ -1,6 +1,7 @@
 // AVX-512 with VNNI: F, BW, VL, DQ and VNNI are asked for at run time.
 #include <immintrin.h>
 
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -9,7 +10,7 @@
 #include "kernels.h"
 
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
+#pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
 namespace bitnet {
 namespace avx512 {
@@ -153,6 +154,7 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
 }
 
 #include "expand_trits.h"
+#include "ternary_lut.h"
 
 }  // namespace avx512
 
@@ -165,10 +167,12 @@ constexpr Kernels kTable = {
     .ternary_matmul = avx512::ternary_matmul,
     .trit_matmul = nullptr,
     .expand_trits = avx512::expand_trits,
-    .lut_lanes = 0,
-    .lut_min_tokens = 0,
-    .ternary_lut = nullptr,
-    .transpose_tile = nullptr,
+    .lut_lanes = avx512::kLutLanes,
+    .lut_min_tokens = 64,
+    .lut_min_rest = 26,
+    .lut_numbers = avx512::lut_numbers,
+    .ternary_lut = avx512::ternary_lut,
+    .transpose_tile = avx512::transpose_tile,
     .dequantize = avx512::dequantize,
     .add = avx512::add_to,
     .relu2_mul = avx512::relu2_mul,
@@ -185,6 +189,8 @@ constexpr Kernels kTable = {
 constexpr Kernels with_trits(Kernels table) {
   table.isa = Isa::kAvx512Vbmi;
   table.expand_trits = avx512_vbmi::expand_trits;
+  table.lut_min_tokens = 32;  // multiplying is slower from trits than from codes
+  table.lut_min_rest = 18;
   table.trit_matmul = avx512_vbmi::trit_matmul;
   return table;
 }

@@ -137,12 +137,15 @@ struct Kernels {
   // base 3, plus 81 times code i of the fifth block's byte p.
   void (*expand_trits)(const uint8_t* packed, size_t units, uint8_t* codes);
 
-  // The same product for many tokens by vector look-up, dequantised: out[t · out_stride + r] = float(Σ) /
-  // activation_scales[t] · weight_scale, from codes of 0 to 2 or trits. x holds one tile of tokens as transpose_tile
-  // writes it, values within ±127; n_tokens ≤ lut_lanes; w.rows ≤ kLutRows, a multiple of 16.
-  size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel, as multiplying is faster
-  size_t lut_min_tokens;  // fewer are faster by ternary_matmul
-  void (*ternary_lut)(const TernaryRows& w, const int8_t* x, size_t n_tokens, const float* activation_scales,
+  // The same product for many tokens by vector look-up, of codes of 0 to 2 or trits, in two steps. First the rows, at
+  // most kLutRows and a multiple of 16, are brought into the scratch, for as many tiles of tokens as there are.
+  size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel
+  size_t lut_min_tokens;  // a batch of fewer is faster by multiplication, …
+  size_t lut_min_rest;    // … and so is a last tile of fewer
+  void (*lut_numbers)(const TernaryRows& w, LutScratch& scratch);
+  // Then those rows times a tile, dequantised: out[t · out_stride + r] = float(Σ) / activation_scales[t] ·
+  // weight_scale. x is as transpose_tile writes it, values within ±127; n_tokens ≤ lut_lanes.
+  void (*ternary_lut)(size_t rows, size_t cols, const int8_t* x, size_t n_tokens, const float* activation_scales,
                       float weight_scale, LutScratch& scratch, float* out, size_t out_stride);
   // values (n_tokens, cols) → out (cols, lut_lanes), zeros past n_tokens.
   void (*transpose_tile)(const int8_t* values, size_t cols, size_t n_tokens, int8_t* out);
@@ -185,7 +188,7 @@ struct Kernels {
 // The table for an instruction set that this processor has (asked or not: see supported()).
 const Kernels& kernels_for(Isa isa);
 bool supported(Isa isa);
-Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA or F16C is missing
+Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA, F16C or BMI2 is missing
 
 // Rows of trits → rows of codes, (rows, cols / 4).
 void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& trits, uint8_t* codes);

@@ -122,9 +122,14 @@ inline I16 widen_int8(const int8_t* p) {
 inline I16 add(I16 a, I16 b) { return _mm256_add_epi16(a, b); }
 inline I16 sub(I16 a, I16 b) { return _mm256_sub_epi16(a, b); }
 inline I16 negate(I16 a) { return sub(zero16(), a); }
+inline I16 absolute(I16 a) { return _mm256_abs_epi16(a); }
+inline bool any_negative(I16 a) { return (_mm256_movemask_epi8(a) & static_cast<int>(0xaaaaaaaa)) != 0; }
 inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
   __m256i* out = reinterpret_cast<__m256i*>(p);
   _mm256_store_si256(out, _mm256_add_epi32(_mm256_load_si256(out), _mm256_cvtepi16_epi32(_mm256_castsi256_si128(a))));
   _mm256_store_si256(
       out + 1, _mm256_add_epi32(_mm256_load_si256(out + 1), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1))));
+}
+inline void load_words(const uint8_t* p, uint64_t (&words)[4]) {
+  for (size_t i = 0; i < 4; i++) __builtin_memcpy(&words[i], p + i * sizeof(uint64_t), sizeof(uint64_t));
 }

@@ -75,3 +75,33 @@ inline double sum(F64x16 s) {
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
+
+// Thirty-two 16-bit integers: the tokens of a look-up table.
+constexpr size_t kLutLanes = 32;
+using I16 = __m512i;
+inline I16 zero16() { return _mm512_setzero_si512(); }
+inline I16 load16(const int16_t* p) { return _mm512_load_si512(p); }
+inline void store16(int16_t* p, I16 a) { _mm512_store_si512(p, a); }
+inline I16 widen_int8(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline I16 add(I16 a, I16 b) { return _mm512_add_epi16(a, b); }
+inline I16 sub(I16 a, I16 b) { return _mm512_sub_epi16(a, b); }
+inline I16 negate(I16 a) { return sub(zero16(), a); }
+inline I16 absolute(I16 a) { return _mm512_abs_epi16(a); }
+inline bool any_negative(I16 a) { return _mm512_movepi16_mask(a) != 0; }
+inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
+  const __m512i lo = _mm512_cvtepi16_epi32(_mm512_castsi512_si256(a));
+  const __m512i hi = _mm512_cvtepi16_epi32(_mm512_extracti64x4_epi64(a, 1));
+  _mm512_store_si512(p, _mm512_add_epi32(_mm512_load_si512(p), lo));
+  _mm512_store_si512(p + 16, _mm512_add_epi32(_mm512_load_si512(p + 16), hi));
+}
+// Four numbers of 64 bits, by way of vector registers: loads of 64 bits in between would hold up those of 512.
+inline void load_words(const uint8_t* p, uint64_t (&words)[4]) {
+  for (size_t i = 0; i < 2; i++) {
+    __m128i pair = _mm_load_si128(reinterpret_cast<const __m128i*>(p) + i);
+    __asm__("" : "+x"(pair));  // or GCC would load the two
+    words[2 * i] = static_cast<uint64_t>(_mm_cvtsi128_si64(pair));
+    words[2 * i + 1] = static_cast<uint64_t>(_mm_extract_epi64(pair, 1));
+  }
+}

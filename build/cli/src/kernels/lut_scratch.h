@@ -8,14 +8,20 @@
 
 namespace bitnet {
 
-inline constexpr size_t kLutRows = 2048;    // most rows of a call: the scratch then stays within a 1 MB L2 cache
-inline constexpr size_t kLutGroups = 8;     // tables at a time: 21 kB, beside L1's other guests
+inline constexpr size_t kLutRows = 2048;    // most rows of a call: their sums then stay within a 1 MB L2 cache
+inline constexpr size_t kLutGroups = 8;     // tables at a time: 21 or 41 kB, of an L1 cache's 32 or 48
 inline constexpr size_t kLutEntries = 81;   // sums in a table
-inline constexpr size_t kMaxLutLanes = 16;  // of any instruction set
+inline constexpr size_t kMaxLutLanes = 32;  // of any instruction set
 
-struct LutScratch {
-  explicit LutScratch(size_t lanes) : memory(static_cast<std::byte*>(::operator new(bytes(lanes), kAlignment))) {
-    std::byte* p = memory.get();
+// From one step's numbers to the next's: a line more than needed, or all steps would compete for the same sets of L1.
+constexpr size_t lut_step_bytes(size_t rows) { return rows * kLutGroups + 64; }
+
+class LutScratch {
+ public:
+  // For matrices of at most `cols` columns.
+  LutScratch(size_t lanes, size_t cols)
+      : memory_(static_cast<std::byte*>(::operator new(bytes(lanes, cols), kAlignment))) {
+    std::byte* p = memory_.get();
     const auto take = [&p](size_t n) {
       std::byte* taken = p;
       p += n;
@@ -24,25 +30,25 @@ struct LutScratch {
     sums = reinterpret_cast<int32_t*>(take(kLutRows * lanes * sizeof(int32_t)));
     words = reinterpret_cast<int16_t*>(take(kLutRows * lanes * sizeof(int16_t)));
     tables = reinterpret_cast<int16_t*>(take(kLutGroups * kLutEntries * lanes * sizeof(int16_t)));
-    numbers = reinterpret_cast<uint8_t*>(take(kLutRows * 32));
+    numbers = reinterpret_cast<uint8_t*>(p);
   }
-  static size_t bytes(size_t lanes) {
-    return kLutRows * (lanes * (sizeof(int32_t) + sizeof(int16_t)) + 32) +
-           kLutGroups * kLutEntries * lanes * sizeof(int16_t);
+  static size_t bytes(size_t lanes, size_t cols) {
+    if (lanes == 0) return 0;
+    return kLutRows * lanes * (sizeof(int32_t) + sizeof(int16_t)) + kLutGroups * kLutEntries * lanes * sizeof(int16_t) +
+           cols / (4 * kLutGroups) * lut_step_bytes(kLutRows);
   }
+
+  int32_t* sums;     // (kLutRows, lanes)
+  int16_t* words;    // (kLutRows, lanes): 16-bit parts of the sums
+  int16_t* tables;   // (kLutGroups, kLutEntries, lanes)
+  uint8_t* numbers;  // (cols / 32, rows, kLutGroups), steps lut_step_bytes(rows) apart: weights as numbers of base 3
 
  private:
   static constexpr std::align_val_t kAlignment{64};
   struct Free {
     void operator()(std::byte* p) const { ::operator delete(p, kAlignment); }
   };
-  std::unique_ptr<std::byte, Free> memory;
-
- public:
-  int32_t* sums;     // (kLutRows, lanes)
-  int16_t* words;    // (kLutRows, lanes): 16-bit parts of the sums
-  int16_t* tables;   // (kLutGroups, kLutEntries, lanes)
-  uint8_t* numbers;  // (kLutRows, 32): a block's weights as numbers of base 3
+  std::unique_ptr<std::byte, Free> memory_;
 };
 
 }  // namespace bitnet

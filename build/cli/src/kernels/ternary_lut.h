@@ -3,11 +3,10 @@
 // over kLutLanes tokens, and every row then takes its four weights' contribution by one vector addition.
 //
 // A byte of I2_S holds the weights of columns p, p + 32, p + 64, p + 96 of its block of 128: such a byte is a group,
-// and its four 2-bit codes, read as digits of base 3, are the number of its sum. Included once by avx2.cpp,
-// inside its namespace, after lanes_avx2.h.
+// and its four 2-bit codes, read as digits of base 3, are the number of its sum. Included by avx2.cpp and avx512.cpp,
+// inside their namespaces, after lanes_*.h and expand_trits.h.
 
 static_assert(kLutLanes <= kMaxLutLanes);
-constexpr size_t kBlocksPerFlush = 2;  // of 32 groups, each at most 4 · 127: a 16-bit sum holds 64 groups
 
 // 2-bit codes → numbers of base 3, for 32 bytes: both nibbles are looked up and added.
 inline __m256i base3(__m256i codes) {
@@ -19,26 +18,43 @@ inline __m256i base3(__m256i codes) {
                          _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble)));
 }
 
-// The numbers of base 3 of block b of every row, (w.rows, 32).
-inline void load_numbers(const TernaryRows& w, size_t b, uint8_t* numbers) {
-  const auto put = [&](size_t r, __m256i row) {
-    _mm256_store_si256(reinterpret_cast<__m256i*>(numbers + r * 32), row);
-  };
-  const size_t stride = w.row_bytes(), in_unit = b % 5;
-  if (w.type == TernaryType::kCodes)
-    for (size_t r = 0; r < w.rows; r++) put(r, base3(load256(w.data + r * stride + b * 32)));
-  else if (in_unit < 4)
-    for (size_t r = 0; r < w.rows; r++)
-      put(r, below81(load256(w.data + r * stride + b / 5 * kTritUnit + in_unit * 32)));
-  else
-    for (size_t r = 0; r < w.rows; r++) {
-      const uint8_t* unit = w.data + r * stride + b / 5 * kTritUnit;
-      __m256i number = _mm256_setzero_si256();
-      for (size_t i = 0; i < 4; i++)  // 3 · number + what the byte has of 81
-        number = _mm256_add_epi8(_mm256_add_epi8(number, _mm256_add_epi8(number, number)),
-                                 eighty_ones(load256(unit + i * 32)));
-      put(r, number);
+// Four rows of four numbers of 64 bits → four columns.
+inline void transpose4(__m256i (&m)[4]) {
+  const __m256i a = _mm256_unpacklo_epi64(m[0], m[1]), b = _mm256_unpackhi_epi64(m[0], m[1]);
+  const __m256i c = _mm256_unpacklo_epi64(m[2], m[3]), d = _mm256_unpackhi_epi64(m[2], m[3]);
+  m[0] = _mm256_permute2x128_si256(a, c, 0x20);
+  m[1] = _mm256_permute2x128_si256(b, d, 0x20);
+  m[2] = _mm256_permute2x128_si256(a, c, 0x31);
+  m[3] = _mm256_permute2x128_si256(b, d, 0x31);
+}
+
+// The numbers of base 3 of block b of a row.
+inline __m256i numbers_of(TernaryType type, const uint8_t* row, size_t b) {
+  if (type == TernaryType::kCodes) return base3(load256(row + b * 32));
+  const uint8_t* unit = row + b / 5 * kTritUnit;
+  if (b % 5 < 4) return below81(load256(unit + b % 5 * 32));
+  __m256i number = _mm256_setzero_si256();
+  for (size_t i = 0; i < 4; i++)  // 3 · number + what the byte has of 81
+    number =
+        _mm256_add_epi8(_mm256_add_epi8(number, _mm256_add_epi8(number, number)), eighty_ones(load256(unit + i * 32)));
+  return number;
+}
+
+void lut_numbers(const TernaryRows& w, LutScratch& scratch) {
+  constexpr size_t kSide = 4, kAhead = 8;  // rows
+  const size_t stride = w.row_bytes(), step = lut_step_bytes(w.rows);
+  for (size_t r = 0; r < w.rows; r += kSide) {
+    const uint8_t* row = w.data + r * stride;
+    uint8_t* out = scratch.numbers + r * kLutGroups;
+    for (size_t b = 0; b < w.cols / kTernaryBlock; b++, out += 4 * step) {
+      if (b % 2 == 0)
+        for (size_t i = 0; i < kSide; i++) prefetch(row + (kAhead + i) * stride + b * 32);
+      __m256i numbers[kSide];
+      for (size_t i = 0; i < kSide; i++) numbers[i] = numbers_of(w.type, row + i * stride, b);
+      transpose4(numbers);
+      for (size_t i = 0; i < 4; i++) _mm256_store_si256(reinterpret_cast<__m256i*>(out + i * step), numbers[i]);
     }
+  }
 }
 
 // All sums of four columns: entry 27 a + 9 b + 3 c + d is (a − 1) x₀ + (b − 1) x₁ + (c − 1) x₂ + (d − 1) x₃. x: (4
@@ -46,58 +62,91 @@ inline void load_numbers(const TernaryRows& w, size_t b, uint8_t* numbers) {
 inline void fill_table(const int8_t* x, int16_t* table) {
   I16 column[4];
   for (size_t i = 0; i < 4; i++) column[i] = widen_int8(x + i * 32 * kLutLanes);
-  I16 one[3] = {negate(column[0]), zero16(), column[0]}, two[9], three[27];
-  for (int a = 0; a < 3; a++) {
+  const I16 one[3] = {negate(column[0]), zero16(), column[0]};
+  I16 two[9];
+  for (size_t a = 0; a < 3; a++) {
     two[3 * a] = sub(one[a], column[1]);
     two[3 * a + 1] = one[a];
     two[3 * a + 2] = add(one[a], column[1]);
   }
-  for (int a = 0; a < 9; a++) {
-    three[3 * a] = sub(two[a], column[2]);
-    three[3 * a + 1] = two[a];
-    three[3 * a + 2] = add(two[a], column[2]);
-  }
-  for (size_t a = 0; a < 27; a++) {
-    store16(table + (3 * a) * kLutLanes, sub(three[a], column[3]));
-    store16(table + (3 * a + 1) * kLutLanes, three[a]);
-    store16(table + (3 * a + 2) * kLutLanes, add(three[a], column[3]));
+  const auto put = [&](I16 three) {
+    store16(table, sub(three, column[3]));
+    store16(table + kLutLanes, three);
+    store16(table + 2 * kLutLanes, add(three, column[3]));
+    table += 3 * kLutLanes;
+  };
+#pragma GCC unroll 9
+  for (const I16 sum : two) {
+    put(sub(sum, column[2]));
+    put(sum);
+    put(add(sum, column[2]));
   }
 }
 
-// Adds the sums of kLutGroups groups to one row. `numbers`: the row's numbers of base 3, one a group.
-inline I16 add_groups(I16 sum, const int16_t* tables, const uint8_t* numbers) {
-  static_assert(kLutGroups == 8, "the numbers are read as one 64-bit word");
-  uint64_t word;
-  __builtin_memcpy(&word, numbers, sizeof word);
+// How large the sums of a step can be: Σ |x| of its columns.
+inline I16 largest_sums(const int8_t* x) {
+  I16 sum = zero16();
   for (size_t g = 0; g < kLutGroups; g++)
-    sum = add(sum, load16(tables + (g * kLutEntries + ((word >> (8 * g)) & 255)) * kLutLanes));
+    for (size_t i = 0; i < 4; i++) sum = add(sum, absolute(widen_int8(x + (i * 32 + g) * kLutLanes)));
   return sum;
 }
 
-// sums[r · kLutLanes + t] = Σₖ x[k · kLutLanes + t] · weight[r][k] for w.rows ≤ kLutRows, an even number.
-inline void lut_sums(const TernaryRows& w, const int8_t* x, LutScratch& scratch) {
-  const size_t n_blocks = w.cols / kTernaryBlock;
-  int16_t* words = scratch.words;
-  for (size_t i = 0; i < w.rows * kLutLanes; i++) words[i] = 0;
-  for (size_t i = 0; i < w.rows * kLutLanes; i++) scratch.sums[i] = 0;
-  for (size_t b = 0; b < n_blocks; b++) {
-    load_numbers(w, b, scratch.numbers);
-    for (size_t first = 0; first < 32; first += kLutGroups) {
-      for (size_t g = 0; g < kLutGroups; g++)
-        fill_table(x + (b * kTernaryBlock + first + g) * kLutLanes, scratch.tables + g * kLutEntries * kLutLanes);
-      const uint8_t* numbers = scratch.numbers + first;
-      for (size_t r = 0; r < w.rows; r += 2) {  // two chains of additions at once
-        const I16 even = add_groups(load16(words + r * kLutLanes), scratch.tables, numbers + r * 32);
-        const I16 odd = add_groups(load16(words + (r + 1) * kLutLanes), scratch.tables, numbers + (r + 1) * 32);
-        store16(words + r * kLutLanes, even);
-        store16(words + (r + 1) * kLutLanes, odd);
-      }
+// Adds the sums of kLutGroups groups to a row: those of its numbers of base 3, of which `word` has one in each byte. A
+// number becomes an offset in its table by one rotation and one mask.
+inline I16 add_groups(I16 sum, const int16_t* tables, uint64_t word) {
+  static_assert(kLutGroups == 8);
+  constexpr size_t kEntryBytes = sizeof(I16);
+  constexpr int kEntryBits = std::countr_zero(kEntryBytes);
+  for (size_t g = 0; g < kLutGroups; g++) {
+    const uint64_t offset = std::rotr(word, static_cast<int>(8 * g) - kEntryBits) & (127 * kEntryBytes);
+    sum = add(sum, load16(tables + g * kLutEntries * kLutLanes + offset / sizeof(int16_t)));
+  }
+  return sum;
+}
+
+// One step: kLutGroups groups of every row. The 16-bit sums in `words` begin at zero where kFirst and end in `sums`,
+// where there may be some already, where kLast.
+template <bool kFirst, bool kLast>
+inline void lut_step(const uint8_t* numbers, size_t rows, const int16_t* tables, int16_t* words, int32_t* sums) {
+  for (size_t r = 0; r < rows; r += 4, numbers += 4 * kLutGroups) {
+    uint64_t of_rows[4];
+    load_words(numbers, of_rows);
+    for (const uint64_t word : of_rows) {
+      const I16 sum = add_groups(kFirst ? zero16() : load16(words), tables, word);
+      if (kLast)
+        add_widened(sums, sum);
+      else
+        store16(words, sum);
+      words += kLutLanes;
+      sums += kLutLanes;
     }
-    if (b % kBlocksPerFlush == kBlocksPerFlush - 1 || b + 1 == n_blocks)
-      for (size_t i = 0; i < w.rows * kLutLanes; i += kLutLanes) {
-        add_widened(scratch.sums + i, load16(words + i));
-        store16(words + i, zero16());
-      }
+  }
+}
+
+// sums[r · kLutLanes + t] = Σₖ x[k · kLutLanes + t] · weight[r][k] for rows ≤ kLutRows, a multiple of 4. Sixteen bits
+// hold the sums of as many steps as the activations' absolute values allow: eight at least, some dozens as a rule.
+inline void lut_sums(size_t rows, size_t cols, const int8_t* x, LutScratch& scratch) {
+  constexpr size_t kStepsPerBlock = kTernaryBlock / 4 / kLutGroups;
+  const size_t n_steps = cols / (4 * kLutGroups);
+  const auto first_column = [](size_t step) {
+    return step / kStepsPerBlock * kTernaryBlock + step % kStepsPerBlock * kLutGroups;
+  };
+  for (size_t i = 0; i < rows * kLutLanes; i++) scratch.sums[i] = 0;
+  const uint8_t* numbers = scratch.numbers;
+  I16 largest = zero16(), next = largest_sums(x);  // of the steps since the last flush, and of the next one
+  bool first = true;
+  for (size_t step = 0; step < n_steps; step++, numbers += lut_step_bytes(rows)) {
+    const int8_t* columns = x + first_column(step) * kLutLanes;
+    for (size_t g = 0; g < kLutGroups; g++)
+      fill_table(columns + g * kLutLanes, scratch.tables + g * kLutEntries * kLutLanes);
+    largest = add(largest, next);
+    if (step + 1 < n_steps) next = largest_sums(x + first_column(step + 1) * kLutLanes);
+    const bool last = step + 1 == n_steps || any_negative(add(largest, next));
+    const auto run = first ? (last ? lut_step<true, true> : lut_step<true, false>)
+                           : (last ? lut_step<false, true> : lut_step<false, false>);
+    run(numbers, rows, scratch.tables, scratch.words, scratch.sums);
+    first = last;
+    if (last) largest = zero16();
   }
 }
 
@@ -119,15 +168,15 @@ inline void transpose8(__m256 (&m)[8]) {
   }
 }
 
-void ternary_lut(const TernaryRows& w, const int8_t* x, size_t n_tokens, const float* activation_scales,
+void ternary_lut(size_t rows, size_t cols, const int8_t* x, size_t n_tokens, const float* activation_scales,
                  float weight_scale, LutScratch& scratch, float* out, size_t out_stride) {
-  lut_sums(w, x, scratch);
+  lut_sums(rows, cols, x, scratch);
   const __m256 weight = _mm256_set1_ps(weight_scale);
   for (size_t t = 0; t < n_tokens; t += 8) {
     float scales[8];
     for (size_t i = 0; i < 8; i++) scales[i] = t + i < n_tokens ? activation_scales[t + i] : 1.0f;
     const __m256 activation = _mm256_loadu_ps(scales);
-    for (size_t r = 0; r < w.rows; r += 8) {
+    for (size_t r = 0; r < rows; r += 8) {
       __m256 m[8];
       for (size_t i = 0; i < 8; i++) {
         const __m256 sums = _mm256_cvtepi32_ps(load256(scratch.sums + (r + i) * kLutLanes + t));
