@@ -17,7 +17,7 @@ namespace bitnet {
 namespace {
 
 constexpr char kMagic[8] = {'B', 'I', 'T', 'N', 'E', 'T', 'K', 'V'};
-constexpr uint32_t kVersion = 1;  // to be raised with every change of the cache's layout
+constexpr uint32_t kVersion = 2;  // to be raised with every change of the cache's layout
 constexpr size_t kChunkBytes = size_t{1} << 20;
 constexpr size_t kSampleBytes = size_t{1} << 20;  // of the embedding, in the model's fingerprint
 

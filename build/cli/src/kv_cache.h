@@ -33,8 +33,8 @@ class KvCache {
     return {keys(chunk, layer, kv_head), values(chunk, layer, kv_head), type_, n_positions, head_dim_};
   }
 
-  // The bytes of the first n positions, a run at a time, in an order that depends on nothing but n. A run of keys may
-  // have bytes of later positions too.
+  // The bytes of the first n positions, a run at a time, in an order that depends on nothing but n. A run may have
+  // bytes of later positions too.
   template <class F>
   void for_each_range(size_t n_positions, F&& f) const {
     for (size_t chunk = 0; chunk * kChunkPositions < n_positions; chunk++) {
@@ -44,8 +44,8 @@ class KvCache {
       for (std::byte* part = data_ + chunk * chunk_bytes_; part < data_ + (chunk + 1) * chunk_bytes_;
            part += part_bytes_) {
         const bool is_keys = (part - data_) / static_cast<std::ptrdiff_t>(part_bytes_) % 2 == 0;
-        const size_t whole = round_up(n, kPositionsPerBlock);
-        f(std::span(part, (is_keys ? whole : n) * number_bytes));
+        const size_t together = is_keys ? kPositionsPerBlock : type_ == CacheType::kI8 ? 2 : 1;
+        f(std::span(part, round_up(n, together) * number_bytes));
         if (n_scales > 0) f(std::span(part + kChunkPositions * number_bytes, n_scales * sizeof(float)));
       }
     }

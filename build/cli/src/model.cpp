@@ -135,8 +135,8 @@ Config read_config(const GgufFile& file) {
     invalid(file, prefix + "attention.head_count " + std::to_string(c.n_heads) +
                       " is not a multiple of head_count_kv " + std::to_string(c.n_kv_heads));
   const size_t rope_dim = file.find_uint(prefix + "rope.dimension_count").value_or(c.dim / c.n_heads);
-  c.head_dim = in_range("attention.key_length", file.find_uint(prefix + "attention.key_length").value_or(rope_dim),
-                        kMaxDimension);
+  c.head_dim =
+      in_range("attention.key_length", file.find_uint(prefix + "attention.key_length").value_or(rope_dim), kMaxHeadDim);
   const size_t value_dim = file.find_uint(prefix + "attention.value_length").value_or(c.head_dim);
   if (rope_dim != c.head_dim || value_dim != c.head_dim || c.head_dim % kLanes != 0)
     throw Error(ExitCode::kUnsupportedModel,

@@ -3,26 +3,24 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <functional>
 #include <limits>
 
-#include "prefetch.h"
 #include "rounding.h"
 
 namespace bitnet {
 namespace {
 
-constexpr size_t kRowsPerPiece = 64;         // of the matrix, for one thread at a time
-constexpr size_t kSketchRowsPerPiece = 128;  // 82 kB at 2,560 columns
-constexpr size_t kEstimatesPerPiece = 1024;
+constexpr size_t kMatrixRowsPerPiece = 64;  // for one thread at a time
 constexpr size_t kCandidatesPerPiece = 16;
-constexpr size_t kAhead = 8;         // rows of a further plane that are asked for before they are multiplied
 constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for
 // Of so many rows for each of the k that are wanted the estimates are refined before anything is computed exactly: the
 // better the first k, the fewer rows have a chance beside them.
 constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
-// How far from its estimate a logit is looked for, in standard deviations. Errors that are independent of the vector
-// stay within 6.5 but for one row in 10¹⁰; docs/performance.md says what it was tried on.
-constexpr float kDeviations = 6.5f;
+// How far from its estimate a logit is looked for, in standard deviations: a normal error stays within 5.5 but for one in
+// 50 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
+// away. docs/performance.md says what it was tried on.
+constexpr double kDeviations = 5.5, kFewColumns = 20.0;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -60,6 +58,18 @@ class Best {
   float least_ = -kInfinity;
 };
 
+// The largest, in lanes that the compiler makes vectors of. NaN, of wrong weights, may hide others of its lane.
+float peak_of(std::span<const float> values) {
+  constexpr size_t kPeakLanes = 16;
+  std::array<float, kPeakLanes> peaks;
+  peaks.fill(-kInfinity);
+  size_t i = 0;
+  for (; i + kPeakLanes <= values.size(); i += kPeakLanes)
+    for (size_t j = 0; j < kPeakLanes; j++) peaks[j] = values[i + j] > peaks[j] ? values[i + j] : peaks[j];
+  for (; i < values.size(); i++) peaks[0] = std::max(peaks[0], values[i]);
+  return *std::max_element(peaks.begin(), peaks.end());
+}
+
 void sort_best(std::vector<Candidate>& candidates, size_t k) {
   std::sort(candidates.begin(), candidates.end(), better);
   if (candidates.size() > k) candidates.resize(k);
@@ -84,7 +94,7 @@ OutputLayer::OutputLayer(const Model& model, const Kernels& kernels, ThreadPool&
       values_(kEstimatedTogether * dim_),
       scratch_(pool.size()) {
   for (Scratch& s : scratch_) {
-    s.sums.resize(kEstimatedTogether * kSketchRowsPerPiece);
+    s.sums.resize(std::max(kEstimatedTogether * kRowsPerPiece, kEstimatesPerPiece));
     s.row.resize(row_bytes(model.output().type, dim_));
   }
 }
@@ -97,8 +107,8 @@ void OutputLayer::logits(float* out, size_t which) const { multiply(output(which
 void OutputLayer::multiply(const float* x, size_t n, size_t first_row, float* out) const {
   const size_t rows = n_vocab_ - first_row;
   if (n == 0) return;
-  pool_.for_each(ceil_div(rows, kRowsPerPiece), [&](size_t piece, size_t) {
-    const size_t first = piece * kRowsPerPiece, count = std::min(kRowsPerPiece, rows - first);
+  pool_.for_each(ceil_div(rows, kMatrixRowsPerPiece), [&](size_t piece, size_t) {
+    const size_t first = piece * kMatrixRowsPerPiece, count = std::min(kMatrixRowsPerPiece, rows - first);
     kernels_.dot_rows(model_.output().slice(first_row + first, count), x, n, out + first, rows);
   });
 }
@@ -107,15 +117,20 @@ void OutputLayer::multiply(const float* x, size_t n, size_t first_row, float* ou
 void OutputLayer::prepare(size_t which, size_t place) {
   const OutputSketch& sketch = model_.output_sketch();
   const float* x = output(which);
-  double offset = 0.0, squares = 0.0;
+  double offset = 0.0, squares = 0.0, fourths = 0.0;
   for (size_t i = 0; i < dim_; i++) {
     scaled_[i] = sketch.scales[i] * x[i];
     offset += static_cast<double>(sketch.means[i]) * static_cast<double>(x[i]);
-    squares += static_cast<double>(scaled_[i]) * static_cast<double>(scaled_[i]);
+    const double square = static_cast<double>(scaled_[i]) * static_cast<double>(scaled_[i]);
+    squares += square;
+    fourths += square * square;
   }
+  const double n_columns = fourths > 0.0 ? squares * squares / fourths : 1.0;  // that share in it
+  const double deviations = kDeviations * (1.0 + kFewColumns / n_columns);
   const float s = kernels_.quantize(scaled_.data(), dim_, &values_[place * dim_], &sums_[place]);
   queries_[place] = {static_cast<float>(offset), 1.0f / s, static_cast<float>(sums_[place]) / 2.0f,
-                     kDeviations * static_cast<float>(std::sqrt(squares)), kDeviations / (std::sqrt(12.0f) * s)};
+                     static_cast<float>(deviations * std::sqrt(squares)),
+                     static_cast<float>(deviations / (std::sqrt(12.0) * static_cast<double>(s)))};
 }
 
 // Estimates of output `which` and, since the sketch is read for one anyway, of those after it.
@@ -129,11 +144,13 @@ void OutputLayer::estimate(size_t which) {
   n_estimated_ = std::min(kEstimatedTogether, n_ - which);
   for (size_t i = 0; i < n_estimated_; i++) prepare(which + i, i);
   bounds_.resize(2 * kEstimatedTogether * n_vocab_);
-  pool_.for_each(ceil_div(rows, kSketchRowsPerPiece), [&](size_t piece, size_t thread) {
-    const size_t first = piece * kSketchRowsPerPiece, n = std::min(kSketchRowsPerPiece, rows - first);
+  const size_t n_pieces = ceil_div(rows, kRowsPerPiece);
+  peaks_.resize(kEstimatedTogether * n_pieces);
+  pool_.for_each(n_pieces, [&](size_t piece, size_t thread) {
+    const size_t first = piece * kRowsPerPiece, n = std::min(kRowsPerPiece, rows - first);
     int32_t* sums = scratch_[thread].sums.data();
-    kernels_.ternary_matmul(plane.codes.slice(first, n), values(0, n_estimated_), sums, kSketchRowsPerPiece);
-    for (size_t place = 0; place < n_estimated_; place++, sums += kSketchRowsPerPiece) {
+    kernels_.ternary_matmul(plane.codes.slice(first, n), values(0, n_estimated_), sums, kRowsPerPiece);
+    for (size_t place = 0; place < n_estimated_; place++, sums += kRowsPerPiece) {
       const Query& q = queries_[place];
       float* estimated = estimates(place) + first;
       float* most = highest(place) + first;
@@ -141,35 +158,41 @@ void OutputLayer::estimate(size_t which) {
         estimated[i] = q.offset + q.unit * plane.steps[first + i] * (static_cast<float>(sums[i]) - q.centre);
         most[i] = estimated[i] + q.per_error * plane.errors[first + i] + q.per_norm * sketch.norms[first + i];
       }
+      peaks_[place * n_pieces + piece] = peak_of({estimated, n});
     }
   });
 }
 
-// The n allowed rows of the best estimates.
+// The n allowed rows of the best estimates. None of them is below the n-th best of the pieces' best ones, which spares
+// most pieces; where some rows are not allowed, a piece's best one may be one of them.
 std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed) {
+  const size_t rows = model_.n_sketched(), n_pieces = ceil_div(rows, kRowsPerPiece);
+  const std::span<const float> peaks(&peaks_[place * n_pieces], n_pieces);
   const float* estimated = estimates(place);
-  std::vector<Best> of_threads(pool_.size(), Best(n));
-  const size_t rows = model_.n_sketched();
-  pool_.for_each(ceil_div(rows, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
-    Best& best = of_threads[thread];
-    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, rows); r++)
-      if (estimated[r] >= best.least() && is_allowed(allowed, r)) best.offer({estimated[r], static_cast<int32_t>(r)});
-  });
+  float least = -kInfinity;
+  if (allowed.empty() && n < n_pieces) {
+    std::vector<float> sorted(peaks.begin(), peaks.end());
+    std::nth_element(sorted.begin(), sorted.begin() + static_cast<std::ptrdiff_t>(n - 1), sorted.end(),
+                     std::greater<>());
+    least = sorted[n - 1];
+  }
   Best best(n);
-  for (const Best& part : of_threads)
-    for (const Candidate& candidate : part.all()) best.offer(candidate);
+  for (size_t piece = 0; piece < n_pieces; piece++) {
+    if (peaks[piece] < least) continue;
+    for (size_t r = piece * kRowsPerPiece; r < std::min((piece + 1) * kRowsPerPiece, rows); r++)
+      if (estimated[r] >= best.least() && is_allowed(allowed, r)) best.offer({estimated[r], static_cast<int32_t>(r)});
+  }
   return best.take();
 }
 
-// An estimate of a row with what a further plane adds to it.
-float OutputLayer::refined(size_t place, size_t p, float estimate, size_t row, size_t thread) {
+// Adds to the estimates what a further plane does.
+void OutputLayer::refine(size_t place, size_t p, Estimates& estimates, Scratch& scratch) const {
   const OutputSketch::Plane& plane = model_.output_sketch().planes[p];
   const Query& q = queries_[place];
-  const TernaryRows codes = plane.codes.slice(row, 1);
-  int32_t sum;
-  kernels_.ternary_matmul(codes, values(place, 1), &sum, 1);
-  scratch_[thread].bytes += codes.row_bytes();
-  return estimate + q.unit * plane.steps[row] * (static_cast<float>(sum) - q.centre);
+  kernels_.ternary_select(plane.codes, estimates.rows.data(), estimates.n, values(place, 1), scratch.sums.data());
+  for (size_t i = 0; i < estimates.n; i++)
+    estimates.values[i] += q.unit * plane.steps[estimates.rows[i]] * (static_cast<float>(scratch.sums[i]) - q.centre);
+  scratch.bytes += estimates.n * plane.codes.row_bytes();
 }
 
 float OutputLayer::exact(size_t which, size_t row, size_t thread) {
@@ -183,12 +206,12 @@ float OutputLayer::exact(size_t which, size_t row, size_t thread) {
   return std::isnan(logit) ? -kInfinity : logit;
 }
 
-template <class F>
-void OutputLayer::fill_in(std::vector<Candidate>& candidates, F&& logit) {
+// The candidates' logits.
+void OutputLayer::compute(size_t which, std::vector<Candidate>& candidates) {
   pool_.for_each(ceil_div(candidates.size(), kCandidatesPerPiece), [&](size_t piece, size_t thread) {
     const size_t end = std::min((piece + 1) * kCandidatesPerPiece, candidates.size());
     for (size_t i = piece * kCandidatesPerPiece; i < end; i++)
-      candidates[i].logit = logit(static_cast<size_t>(candidates[i].token), thread);
+      candidates[i].logit = exact(which, static_cast<size_t>(candidates[i].token), thread);
   });
 }
 
@@ -213,16 +236,21 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
   const size_t place = which - first_estimated_;
   const OutputSketch& sketch = model_.output_sketch();
   const float* estimated = estimates(place);
-  const auto compute = [&](size_t row, size_t thread) { return exact(which, row, thread); };
 
   std::vector<Candidate> first = best_estimates(place, kRefinedFirst * k + kLeastRefined, allowed);
-  fill_in(first, [&](size_t row, size_t thread) {
-    float value = estimated[row];
-    for (size_t p = 1; p < kSketchPlanes; p++) value = refined(place, p, value, row, thread);
-    return value;
+  pool_.for_each(ceil_div(first.size(), kCandidatesPerPiece), [&](size_t piece, size_t thread) {
+    const size_t begin = piece * kCandidatesPerPiece;
+    Estimates& left = scratch_[thread].left;
+    left.n = std::min(kCandidatesPerPiece, first.size() - begin);
+    for (size_t i = 0; i < left.n; i++) {
+      left.rows[i] = static_cast<uint32_t>(first[begin + i].token);
+      left.values[i] = first[begin + i].logit;
+    }
+    for (size_t p = 1; p < kSketchPlanes; p++) refine(place, p, left, scratch_[thread]);
+    for (size_t i = 0; i < left.n; i++) first[begin + i].logit = left.values[i];
   });
   sort_best(first, k);
-  fill_in(first, compute);
+  compute(which, first);
   std::vector<size_t> done;
   for (const Candidate& candidate : first) done.push_back(static_cast<size_t>(candidate.token));
   std::sort(done.begin(), done.end());
@@ -234,28 +262,29 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
   const float* most = highest(place);
   pool_.for_each(ceil_div(rows, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
     // Those that are left, plane after plane. NaN, of wrong weights, stays: it is not known to be small.
-    std::array<Estimate, kEstimatesPerPiece> left;
-    size_t n = 0;
+    Scratch& scratch = scratch_[thread];
+    Estimates& left = scratch.left;
+    left.n = 0;
     for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, rows); r++) {
-      left[n] = {static_cast<uint32_t>(r), estimated[r]};
-      n += !(most[r] < least);
+      left.rows[left.n] = static_cast<uint32_t>(r);
+      left.values[left.n] = estimated[r];
+      left.n += !(most[r] < least) && is_allowed(allowed, r);
     }
     for (size_t p = 1; p < kSketchPlanes; p++) {
+      refine(place, p, left, scratch);
       const OutputSketch::Plane& plane = sketch.planes[p];
       size_t n_kept = 0;
-      for (size_t i = 0; i < n; i++) {
-        if (i + kAhead < n) prefetch(plane.codes.slice(left[i + kAhead].row, 1).data, plane.codes.row_bytes());
-        const size_t row = left[i].row;
-        if (!is_allowed(allowed, row)) continue;
-        const float value = refined(place, p, left[i].value, row, thread);
-        if (value + q.per_error * plane.errors[row] + q.per_norm * sketch.norms[row] < least) continue;
-        left[n_kept++] = {left[i].row, value};
+      for (size_t i = 0; i < left.n; i++) {
+        const size_t row = left.rows[i];
+        if (left.values[i] + q.per_error * plane.errors[row] + q.per_norm * sketch.norms[row] < least) continue;
+        left.rows[n_kept] = left.rows[i];
+        left.values[n_kept++] = left.values[i];
       }
-      n = n_kept;
+      left.n = n_kept;
     }
-    for (size_t i = 0; i < n; i++)
-      if (const size_t row = left[i].row; !std::binary_search(done.begin(), done.end(), row))
-        scratch_[thread].found.push_back({compute(row, thread), static_cast<int32_t>(row)});
+    for (size_t i = 0; i < left.n; i++)
+      if (const size_t row = left.rows[i]; !std::binary_search(done.begin(), done.end(), row))
+        scratch.found.push_back({exact(which, row, thread), static_cast<int32_t>(row)});
   });
   for (Scratch& s : scratch_) {
     out.insert(out.end(), s.found.begin(), s.found.end());
@@ -272,7 +301,7 @@ std::vector<Candidate> OutputLayer::best(size_t which, size_t k, std::span<const
   if (!allowed.empty() && n_allowed <= std::max(k, kFewTokens)) {
     for (size_t t = 0; t < n_vocab_; t++)
       if (is_allowed(allowed, t)) candidates.push_back({0.0f, static_cast<int32_t>(t)});
-    fill_in(candidates, [&](size_t row, size_t thread) { return exact(which, row, thread); });
+    compute(which, candidates);
   } else {
     candidates = search(which, k, allowed);
   }

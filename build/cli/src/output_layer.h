@@ -58,16 +58,21 @@ class OutputLayer {
     float per_norm;   // … and for its norm, since the values are quantised
   };
 
-  // What is known of a row's logit so far.
-  struct Estimate {
-    uint32_t row;
-    float value;
+  static constexpr size_t kRowsPerPiece = 128;  // whose estimates are made one after another: 82 kB at 2,560 columns
+  static constexpr size_t kEstimatesPerPiece = 1024;  // that are looked through one after another
+
+  // What is known so far of the logits of some rows.
+  struct Estimates {
+    std::array<uint32_t, kEstimatesPerPiece> rows;
+    std::array<float, kEstimatesPerPiece> values;
+    size_t n = 0;
   };
 
   // What a thread needs of its own.
   struct Scratch {
-    std::vector<int32_t> sums;  // (kEstimatedTogether, rows of a piece)
-    std::vector<uint8_t> row;   // of the output matrix
+    std::vector<int32_t> sums;  // (kEstimatedTogether, kRowsPerPiece), or (kEstimatesPerPiece)
+    Estimates left;
+    std::vector<uint8_t> row;  // of the output matrix
     std::vector<Candidate> found;
     uint64_t bytes = 0;
   };
@@ -81,11 +86,10 @@ class OutputLayer {
   void prepare(size_t which, size_t place);
   void estimate(size_t which);
   std::vector<Candidate> best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed);
-  float refined(size_t place, size_t plane, float estimate, size_t row, size_t thread);
+  void refine(size_t place, size_t plane, Estimates& estimates, Scratch& scratch) const;
   float exact(size_t which, size_t row, size_t thread);
   std::vector<Candidate> search(size_t which, size_t k, std::span<const uint64_t> allowed);
-  template <class F>
-  void fill_in(std::vector<Candidate>& candidates, F&& logit);
+  void compute(size_t which, std::vector<Candidate>& candidates);
 
   const Model& model_;
   const Kernels& kernels_;
@@ -101,6 +105,7 @@ class OutputLayer {
   std::vector<int8_t> values_;                    // (kEstimatedTogether, dim): outputs, scaled and quantised
   std::array<int32_t, kEstimatedTogether> sums_;  // of them
   std::vector<float> bounds_;                     // (kEstimatedTogether, 2, n_vocab)
+  std::vector<float> peaks_;                      // (kEstimatedTogether, pieces): the best estimate of each piece
   std::vector<float> logits_;                     // of rows that are not sketched yet
   std::vector<Scratch> scratch_;                  // a thread each
 };

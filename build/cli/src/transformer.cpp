@@ -88,24 +88,31 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     if (abandon && abandon()) return false;
     const Layer& layer = model_.layers()[i];
 
+    const auto ahead = [this](const Next& next) { return [this, next](size_t thread) { fetch_ahead(next, thread); }; };
     norm_and_quantize(residual_.data(), layer.attn_norm, config_.dim);
-    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}}, {region(layer.attn_output)});
+    project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}},
+            [&](size_t thread) { fetch_cache(batch.back(), i, thread); });
     rotate_and_store(batch, i);
-    attend(batch, i);
+    attend(batch, i, ahead({layer.attn_sub_norm, config_.q_dim(), {region(layer.attn_output)}}));
     norm_and_quantize(attention_.data(), layer.attn_sub_norm, config_.q_dim());
-    project({{&layer.attn_output, branch_.data()}}, {region(layer.gate), region(layer.up)});
+    project({{&layer.attn_output, branch_.data()}},
+            ahead({layer.ffn_norm, config_.dim, {region(layer.gate), region(layer.up)}}));
     add_to_residual();
 
     norm_and_quantize(residual_.data(), layer.ffn_norm, config_.dim);
-    project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}}, {region(layer.down)});
+    project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}},
+            ahead({layer.ffn_sub_norm, config_.ffn_dim, {region(layer.down)}}));
     for_each_token([&](size_t t, size_t) {
       kernels_.relu2_mul(&gate_[t * config_.ffn_dim], &up_[t * config_.ffn_dim], config_.ffn_dim);
     });
     norm_and_quantize(gate_.data(), layer.ffn_sub_norm, config_.ffn_dim);
-    if (i + 1 < config_.n_layers)
-      project({{&layer.down, branch_.data()}}, attention_inputs(i + 1));
-    else
-      project({{&layer.down, branch_.data()}}, {output_region()});
+    if (i + 1 < config_.n_layers) {
+      const Layer& after = model_.layers()[i + 1];
+      project({{&layer.down, branch_.data()}},
+              ahead({after.attn_norm, config_.dim, {region(after.q), region(after.k), region(after.v)}}));
+    } else {
+      project({{&layer.down, branch_.data()}}, ahead({model_.output_norm(), config_.dim, {output_region()}}));
+    }
     add_to_residual();
   }
   norm_outputs(batch);
@@ -149,8 +156,9 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
     });
 }
 
-// `next` is what will be read after this.
-void Transformer::project(std::initializer_list<Projection> projections, const Regions& next) {
+// then(thread) is called by every thread that is done.
+template <class F>
+void Transformer::project(std::initializer_list<Projection> projections, F&& then) {
   pieces_.clear();
   add_lookup_pieces(projections);
   if (n_lookup_ < n_)
@@ -165,7 +173,7 @@ void Transformer::project(std::initializer_list<Projection> projections, const R
         else
           by_multiplication(pieces_[i], thread);
       },
-      [&](size_t thread) { fetch_ahead(next, thread); });
+      then);
 }
 
 // Pieces as large as pays, but enough of them for all threads: first the tiles are divided, then the rows.
@@ -195,27 +203,34 @@ Transformer::Region Transformer::output_region() const {
   return {codes.data, model_.n_sketched(), codes.row_bytes()};
 }
 
-Transformer::Regions Transformer::attention_inputs(size_t layer) const {
-  const Layer& l = model_.layers()[layer];
-  return {region(l.q), region(l.k), region(l.v)};
-}
-
-// Asks for the beginning of what the thread will read of these regions, so that memory is not idle between two loops.
-// Many tokens compute for long: there it would only displace what they need.
-void Transformer::fetch_ahead(const Regions& regions, size_t thread) const {
+// Asks for what the thread will read first after this loop, so that memory is not idle between two loops. Many tokens
+// compute for long: there it would only displace what they need.
+void Transformer::fetch_ahead(const Next& next, size_t thread) const {
   if (n_lookup_ > 0) return;
+  if (thread == 0) prefetch(next.weights, next.n_weights * sizeof(float));
   size_t n_pieces = 0;
-  for (const Region& r : regions) n_pieces += ceil_div(r.rows, kRowsPerPiece);
+  for (const Region& r : next.regions) n_pieces += ceil_div(r.rows, kRowsPerPiece);
   size_t piece = pool_.first_piece(n_pieces, thread);
-  for (const Region& r : regions) {
+  for (const Region& r : next.regions) {
     if (const size_t pieces = ceil_div(r.rows, kRowsPerPiece); piece >= pieces) {
       piece -= pieces;
       continue;
     }
-    const uint8_t* start = r.data + piece * kRowsPerPiece * r.row_bytes;
-    prefetch(start, kAheadBytes);
+    prefetch(r.data + piece * kRowsPerPiece * r.row_bytes, kAheadBytes);
     return;
   }
+}
+
+// The same of the keys that a token alone attends to.
+void Transformer::fetch_cache(const BatchToken& token, size_t layer, size_t thread) const {
+  if (n_ > 1) return;
+  const size_t n_chunks = token.position / kChunkPositions + 1;
+  const size_t piece = pool_.first_piece(n_chunks * config_.n_kv_heads, thread);
+  const size_t chunk = piece / config_.n_kv_heads, kv_head = piece % config_.n_kv_heads;
+  const size_t n_positions = std::min(kChunkPositions, token.position + 1 - chunk * kChunkPositions);
+  const size_t bytes =
+      round_up(n_positions, kPositionsPerBlock) * position_bytes(token.cache->type(), config_.head_dim);
+  prefetch(token.cache->keys(chunk, layer, kv_head), std::min(bytes, kAheadBytes));
 }
 
 void Transformer::by_lookup(const Piece& piece, size_t thread) {
@@ -303,7 +318,8 @@ Attention Transformer::attention_at(std::vector<float>& memory, size_t index) co
   return {p, p + group, p + 2 * group};
 }
 
-void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
+template <class F>
+void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& then) {
   const size_t group = config_.group(), head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
   const auto divide = [&](const Attention& sum, size_t t, size_t kv_head) {
     kernels_.divide_attention(sum, group, head_dim, &attention_[t * config_.q_dim() + kv_head * group * head_dim]);
@@ -312,7 +328,7 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
   for (const TokenGroup& g : groups_) n_chunks += g.n_chunks;
   if (n_ > kFewAttending || n_chunks == groups_.size()) {
     // Enough work for all threads: each takes a group and a head through all chunks.
-    pool_.for_each(groups_.size() * n_kv_heads, [&](size_t piece, size_t thread) {
+    const auto attend_group = [&](size_t piece, size_t thread) {
       const TokenGroup& g = groups_[piece % groups_.size()];
       const size_t kv_head = piece / groups_.size();
       std::vector<float>& memory = attention_scratch_[thread];
@@ -326,7 +342,8 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
             kernels_.add_attention(sum, next, group, head_dim);
         }
       for (size_t i = 0; i < g.n_tokens; i++) divide(attention_at(memory, i), g.first_token + i, kv_head);
-    });
+    };
+    pool_.for_each(groups_.size() * n_kv_heads, attend_group, then);
     return;
   }
   // A few tokens that look back far: chunks are divided among the threads, in the order in which they lie in memory,
@@ -348,13 +365,14 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer) {
       attend_chunk(batch[t], t, layer, kv_head, chunk, scores, partial(t, kv_head, chunk));
     }
   });
-  pool_.for_each(n_ * n_kv_heads, [&](size_t piece, size_t) {
+  const auto put_together = [&](size_t piece, size_t) {
     const size_t t = piece / n_kv_heads, kv_head = piece % n_kv_heads;
     const Attention sum = partial(t, kv_head, 0);
     for (size_t chunk = 1; chunk * kChunkPositions <= batch[t].position; chunk++)
       kernels_.add_attention(sum, partial(t, kv_head, chunk), group, head_dim);
     divide(sum, t, kv_head);
-  });
+  };
+  pool_.for_each(n_ * n_kv_heads, put_together, then);
 }
 
 void Transformer::add_to_residual() {

@@ -51,7 +51,12 @@ class Transformer {
     const uint8_t* data = nullptr;
     size_t rows = 0, row_bytes = 0;
   };
-  using Regions = std::array<Region, 3>;
+  // What is read after a loop: rows by all threads, and before them a norm's weights by the first.
+  struct Next {
+    const float* weights = nullptr;
+    size_t n_weights = 0;
+    std::array<Region, 3> regions;
+  };
 
   // Tokens of one sequence, one after another.
   struct TokenGroup {
@@ -68,18 +73,20 @@ class Transformer {
   };
 
   void embed(std::span<const BatchToken> batch);
-  void norm_and_quantize(const float* in, const float* weight, size_t dim);          // → quantised_
-  void project(std::initializer_list<Projection> projections, const Regions& next);  // from quantised_
+  void norm_and_quantize(const float* in, const float* weight, size_t dim);  // → quantised_
+  template <class F>
+  void project(std::initializer_list<Projection> projections, F&& then);  // from quantised_
   void add_lookup_pieces(std::initializer_list<Projection> projections);
-  void fetch_ahead(const Regions& regions, size_t thread) const;
-  Regions attention_inputs(size_t layer) const;
+  void fetch_ahead(const Next& next, size_t thread) const;
+  void fetch_cache(const BatchToken& token, size_t layer, size_t thread) const;
   static Region region(const TernaryMatrix& m);
   Region output_region() const;
   void by_lookup(const Piece& piece, size_t thread);
   void by_multiplication(const Piece& piece, size_t thread);
   void by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums, std::vector<uint8_t>& codes);
   void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
-  void attend(std::span<const BatchToken> batch, size_t layer);
+  template <class F>
+  void attend(std::span<const BatchToken> batch, size_t layer, F&& then);
   void group_tokens(std::span<const BatchToken> batch);
   bool attend_chunk(const BatchToken& token, size_t t, size_t layer, size_t kv_head, size_t chunk, float* scores,
                     const Attention& out) const;

@@ -199,6 +199,13 @@ TEST_CASE("ternary_matmul: codes of 0 to 3, as -1 to 2, with the largest activat
         std::fill(got.begin(), got.end(), -1);
         k->ternary_matmul(w, a, got.data(), rows);
         CHECK(got == expected);
+        std::vector<uint32_t> chosen{13, 0, 1, 1, 7, 12, 3, 9, 13, 2, 5};
+        for (; !chosen.empty(); chosen.pop_back()) {
+          std::vector<int32_t> found(chosen.size() + 1, -1);
+          k->ternary_select(w, chosen.data(), chosen.size(), a, found.data());
+          for (size_t i = 0; i < chosen.size(); i++) CHECK(found[i] == expected[chosen[i]]);
+          CHECK(found.back() == -1);
+        }
         for (size_t r = 0; r < rows; r++) {  // a row alone, out of a matrix
           k->ternary_matmul(w.slice(r, 1), a, got.data(), 1);
           for (size_t t = 0; t < n; t++) CHECK(got[t] == expected[t * rows + r]);

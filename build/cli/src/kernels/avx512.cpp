@@ -8,6 +8,7 @@
 #include "avx512_vbmi.h"
 #include "half.h"
 #include "kernels.h"
+#include "prefetch.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
@@ -17,8 +18,10 @@ namespace avx512 {
 
 #include "lanes_avx512.h"
 
+// Of attention: how much the registers hold.
 constexpr int kScoreBlocks = 2;
 constexpr int kWeighVectors = 4;
+constexpr int kInt8Heads = 4, kInt8Blocks = 2, kInt8Vectors = 4;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -74,6 +77,11 @@ inline __m512i one_row(const uint8_t* row, size_t n_blocks, const int8_t* x) {
                           _mm512_srav_epi32(total(acc23), doublewords(2, 0)));
 }
 
+// What the lanes of four rows' sums come to; codes are weights + 1.
+inline __m128i products(const __m512i (&acc)[4], int32_t sum) {
+  return _mm_sub_epi32(sums_of(acc), _mm_set1_epi32(sum));
+}
+
 // One row after another, so that a run of rows is one stream.
 void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
   const size_t stride = w.cols / 4, n_blocks = w.cols / kTernaryBlock;
@@ -85,10 +93,26 @@ void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* o
       a = one_row<false>(row, n_blocks, x);
       row += stride;
     }
-    const __m128i sums = _mm_sub_epi32(sums_of(acc), _mm_set1_epi32(sum));  // codes are weights + 1
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + r), sums);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + r), products(acc, sum));
   }
   for (; r < w.rows; r++, row += stride) out[r] = _mm512_reduce_add_epi32(one_row<true>(row, n_blocks, x)) - sum;
+}
+
+void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const Activations& x, int32_t* out) {
+  constexpr size_t kAhead = 8;
+  const size_t stride = w.cols / 4;
+  const auto row = [&](size_t i) { return w.data + rows[i] * stride; };
+  for (size_t i = 0; i < n; i += 4) {
+    const size_t count = n - i < 4 ? n - i : 4;
+    __m512i acc[4];
+    for (size_t j = 0; j < 4; j++) {
+      if (i + j + kAhead < n) bitnet::prefetch(row(i + j + kAhead), stride);
+      acc[j] = one_row<true>(row(i + (j < count ? j : 0)), w.cols / kTernaryBlock, x.values);
+    }
+    alignas(16) int32_t found[4];
+    _mm_store_si128(reinterpret_cast<__m128i*>(found), products(acc, x.sums[0]));
+    for (size_t j = 0; j < count; j++) out[i + j] = found[j];
+  }
 }
 
 // R rows by N tokens: their sums, lane by lane.
@@ -165,6 +189,7 @@ constexpr Kernels kTable = {
     .rms_norm = avx512::rms_norm,
     .quantize = avx512::quantize,
     .ternary_matmul = avx512::ternary_matmul,
+    .ternary_select = avx512::ternary_select,
     .trit_matmul = nullptr,
     .expand_trits = avx512::expand_trits,
     .lut_lanes = avx512::kLutLanes,

@@ -67,10 +67,9 @@ void rope(float* head, const float* cosines, const float* sines, size_t head_dim
   }
 }
 
-// The cache's numbers of each type, as floats.
+// The cache's numbers of each type but int8, as floats.
 inline F32x16 load_cached(const float* p) { return load(p); }
 inline F32x16 load_cached(const uint16_t* p) { return load_half(p); }
-inline F32x16 load_cached(const int8_t* p) { return load_int8(p); }
 
 // int8 numbers have a scale for each position, after all numbers of the chunk.
 inline float* scales_of(std::byte* chunk, size_t head_dim) {
@@ -92,9 +91,10 @@ inline Int8Scale int8_scale(const float* x, size_t n) {
 }
 
 void store_key(const float* key, std::byte* keys, CacheType type, size_t position, size_t head_dim) {
-  const size_t base = position / kPositionsPerBlock * head_dim * kPositionsPerBlock + position % kPositionsPerBlock;
+  const size_t block = position / kPositionsPerBlock * head_dim * kPositionsPerBlock,
+               place = position % kPositionsPerBlock;
   const auto scatter = [&](auto* out, size_t d, const auto* numbers) {
-    for (size_t i = 0; i < kLanes; i++) out[base + (d + i) * kPositionsPerBlock] = numbers[i];
+    for (size_t i = 0; i < kLanes; i++) out[block + (d + i) * kPositionsPerBlock + place] = numbers[i];
   };
   const Int8Scale scale = type == CacheType::kI8 ? int8_scale(key, head_dim) : Int8Scale{};
   if (type == CacheType::kI8) scales_of(keys, head_dim)[position] = scale.back;
@@ -108,7 +108,8 @@ void store_key(const float* key, std::byte* keys, CacheType type, size_t positio
     } else {
       int8_t numbers[kLanes];
       store_int8(numbers, mul(load(key + d), set1(scale.forth)));
-      scatter(reinterpret_cast<int8_t*>(keys), d, numbers);
+      for (size_t i = 0; i < kLanes; i++)
+        reinterpret_cast<int8_t*>(keys)[block + (d + i) / 2 * 2 * kPositionsPerBlock + 2 * place + i % 2] = numbers[i];
     }
   }
 }
@@ -118,17 +119,21 @@ void store_value(const float* value, std::byte* values, CacheType type, size_t p
   if (type == CacheType::kI8) scales_of(values, head_dim)[position] = scale.back;
   for (size_t d = 0; d < head_dim; d += kLanes) {
     const size_t at = position * head_dim + d;
-    if (type == CacheType::kF32)
+    if (type == CacheType::kF32) {
       store(reinterpret_cast<float*>(values) + at, load(value + d));
-    else if (type == CacheType::kF16)
+    } else if (type == CacheType::kF16) {
       store_half(reinterpret_cast<uint16_t*>(values) + at, load(value + d));
-    else
-      store_int8(reinterpret_cast<int8_t*>(values) + at, mul(load(value + d), set1(scale.forth)));
+    } else {
+      int8_t numbers[kLanes];
+      store_int8(numbers, mul(load(value + d), set1(scale.forth)));
+      int8_t* pairs = reinterpret_cast<int8_t*>(values) + position / 2 * 2 * head_dim + 2 * d + position % 2;
+      for (size_t i = 0; i < kLanes; i++) pairs[2 * i] = numbers[i];
+    }
   }
 }
 
 // Reads the cache so far ahead, in bytes: values follow the keys, and the next head's keys the values.
-constexpr size_t kCacheAhead = 4096;
+constexpr size_t kCacheAhead = 16384;
 
 template <class T>
 inline void fetch_cache(const T* p) {
@@ -137,7 +142,7 @@ inline void fetch_cache(const T* p) {
 
 // scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H heads and B blocks of positions.
 template <class T, int H, int B>
-inline void score(const float* q, size_t head_dim, const T* keys, float factor, const float* scales, float* scores) {
+inline void score(const float* q, size_t head_dim, const T* keys, float factor, float* scores) {
   constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
   F32x16 acc[B][H];
   for (int b = 0; b < B; b++)
@@ -151,10 +156,8 @@ inline void score(const float* q, size_t head_dim, const T* keys, float factor, 
     }
   for (int b = 0; b < B; b++)
     for (int h = 0; h < H; h++) {
-      const size_t first = static_cast<size_t>(b) * kPositionsPerBlock;
-      F32x16 s = mul(acc[b][h], set1(factor));
-      if (scales) s = mul(s, load(scales + first));
-      store(scores + static_cast<size_t>(h) * kChunkPositions + first, s);
+      float* to = scores + static_cast<size_t>(h) * kChunkPositions + static_cast<size_t>(b) * kPositionsPerBlock;
+      store(to, mul(acc[b][h], set1(factor)));
     }
 }
 
@@ -209,18 +212,13 @@ inline void attend_heads(const float* q, const AttentionChunk& chunk, float* sco
   const size_t dim = chunk.head_dim, n = chunk.n_positions;
   const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, block = dim * kPositionsPerBlock;
   const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
-  const float* key_scales = sizeof(T) == 1 ? scales_of(chunk.keys, dim) : nullptr;
-  const float* value_scales = sizeof(T) == 1 ? scales_of(chunk.values, dim) : nullptr;
   const T* keys = reinterpret_cast<const T*>(chunk.keys);
   const T* values = reinterpret_cast<const T*>(chunk.values);
-  const auto scales_at = [&](size_t b) { return key_scales ? key_scales + b * kPositionsPerBlock : nullptr; };
   size_t b = 0;
   for (; b + kScoreBlocks <= n_blocks; b += kScoreBlocks)
-    score<T, H, kScoreBlocks>(q, dim, keys + b * block, factor, scales_at(b), scores + b * kPositionsPerBlock);
-  for (; b < n_blocks; b++)
-    score<T, H, 1>(q, dim, keys + b * block, factor, scales_at(b), scores + b * kPositionsPerBlock);
-  for (size_t h = 0; h < H; h++)
-    out.totals[h] = softmax(scores + h * kChunkPositions, n, value_scales, &out.largest[h]);
+    score<T, H, kScoreBlocks>(q, dim, keys + b * block, factor, scores + b * kPositionsPerBlock);
+  for (; b < n_blocks; b++) score<T, H, 1>(q, dim, keys + b * block, factor, scores + b * kPositionsPerBlock);
+  for (size_t h = 0; h < H; h++) out.totals[h] = softmax(scores + h * kChunkPositions, n, nullptr, &out.largest[h]);
   for (size_t i = 0; i < H * dim; i += kLanes) store(out.sums + i, zero());
   constexpr size_t kAtOnce = 64;  // positions whose values stay in the L1 cache while all dimensions are done
   for (size_t j = 0; j < n; j += kAtOnce) {
@@ -232,26 +230,132 @@ inline void attend_heads(const float* q, const AttentionChunk& chunk, float* sco
   }
 }
 
-// Heads go in groups that the registers hold: four, two, one.
-template <class T>
+// int8 keys and values are multiplied as integers, by queries and by weights of 16 bits: no float sum is exact, and
+// processors multiply twice as many of these.
+
+// out[i] ≈ x[i] · levels / max |x|; returned is what makes x of out.
+inline float quantize_words(const float* x, size_t n, float levels, int16_t* out) {
+  F32x16 largest = zero();
+  for (size_t i = 0; i < n; i += kLanes) largest = max(abs(load(x + i)), largest);
+  const float amplitude = maximum(largest);
+  const F32x16 forth = set1(amplitude > 0.0f ? levels / amplitude : 0.0f);
+  for (size_t i = 0; i < n; i += kLanes) store_int16(out + i, mul(load(x + i), forth));
+  return amplitude / levels;
+}
+
+// The scores of H heads and B blocks of positions: Σ q · k, times the head's factor and the position's scale.
+template <int H, int B>
+inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, const float* factors, const float* scales,
+                       float* scores) {
+  I32x16 acc[B][H];
+  for (int b = 0; b < B; b++)
+    for (int h = 0; h < H; h++) acc[b][h] = zero32();
+  for (size_t d = 0; d < head_dim; d += 2)
+    for (int b = 0; b < B; b++) {
+      const int8_t* p = keys + (static_cast<size_t>(b) * head_dim + d) * kPositionsPerBlock;
+      if (d % 4 == 0) fetch_cache(p);
+      const I16Pairs k = load_pairs(p);
+      for (int h = 0; h < H; h++)
+        acc[b][h] = add_products(acc[b][h], k, set1_pair(q + static_cast<size_t>(h) * head_dim + d));
+    }
+  for (int b = 0; b < B; b++)
+    for (int h = 0; h < H; h++) {
+      const size_t first = static_cast<size_t>(b) * kPositionsPerBlock;
+      const F32x16 s = mul(mul(to_float(acc[b][h]), set1(factors[h])), load(scales + first));
+      store(scores + static_cast<size_t>(h) * kChunkPositions + first, s);
+    }
+}
+
+// out = Σ weight · v, times the head's factor, of n_pairs of positions, for H heads and D vectors of dimensions.
+template <int H, int D>
+inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pairs, size_t head_dim,
+                       const float* factors, float* out) {
+  I32x16 acc[H][D];
+  for (int h = 0; h < H; h++)
+    for (int d = 0; d < D; d++) acc[h][d] = zero32();
+  for (size_t j = 0; j < n_pairs; j++) {
+    I16Pairs v[D];
+    for (int d = 0; d < D; d++) {
+      const int8_t* p = values + j * 2 * head_dim + static_cast<size_t>(d) * 2 * kLanes;
+      if (reinterpret_cast<uintptr_t>(p) % 64 == 0) fetch_cache(p);
+      v[d] = load_pairs(p);
+    }
+    for (int h = 0; h < H; h++) {
+      const I16Pairs weight = set1_pair(weights + static_cast<size_t>(h) * kChunkPositions + 2 * j);
+      for (int d = 0; d < D; d++) acc[h][d] = add_products(acc[h][d], weight, v[d]);
+    }
+  }
+  for (int h = 0; h < H; h++)
+    for (int d = 0; d < D; d++)
+      store(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes,
+            mul(to_float(acc[h][d]), set1(factors[h])));
+}
+
+template <int H>
+inline void attend_heads_int8(const float* q, const AttentionChunk& chunk, float* scores, const Attention& out) {
+  constexpr float kWordLevels = 32767.0f, kByteLevels = 127.0f, kSumLevels = 2147483520.0f;  // below 2³¹
+  static_assert(kWordLevels * kByteLevels * static_cast<float>(kChunkPositions) < kSumLevels);
+  const size_t dim = chunk.head_dim, n = chunk.n_positions;
+  const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, block = dim * kPositionsPerBlock;
+  const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
+  const float most = __builtin_floorf(kSumLevels / (kByteLevels * static_cast<float>(dim)));
+  const float* key_scales = scales_of(chunk.keys, dim);
+  const int8_t* keys = reinterpret_cast<const int8_t*>(chunk.keys);
+  const int8_t* values = reinterpret_cast<const int8_t*>(chunk.values);
+  alignas(64) int16_t queries[H * kMaxHeadDim], weights[H * kChunkPositions];
+  float factors[H];
+  for (size_t h = 0; h < H; h++)
+    factors[h] = quantize_words(q + h * dim, dim, most < kWordLevels ? most : kWordLevels, queries + h * dim) * factor;
+  size_t b = 0;
+  for (; b + kInt8Blocks <= n_blocks; b += kInt8Blocks)
+    score_int8<H, kInt8Blocks>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock,
+                               scores + b * kPositionsPerBlock);
+  for (; b < n_blocks; b++)
+    score_int8<H, 1>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock,
+                     scores + b * kPositionsPerBlock);
+  for (size_t h = 0; h < H; h++) {
+    float* of_head = scores + h * kChunkPositions;
+    out.totals[h] = softmax(of_head, n, scales_of(chunk.values, dim), &out.largest[h]);
+    factors[h] = quantize_words(of_head, n_blocks * kPositionsPerBlock, kWordLevels, weights + h * kChunkPositions);
+  }
+  const size_t n_pairs = (n + 1) / 2;
+  size_t d = 0;
+  for (; d + kInt8Vectors * kLanes <= dim; d += kInt8Vectors * kLanes)
+    weigh_int8<H, kInt8Vectors>(weights, values + 2 * d, n_pairs, dim, factors, out.sums + d);
+  for (; d < dim; d += kLanes) weigh_int8<H, 1>(weights, values + 2 * d, n_pairs, dim, factors, out.sums + d);
+}
+
+template <CacheType type, int H>
+inline void attend_some(const float* q, const AttentionChunk& chunk, float* scores, const Attention& out) {
+  if constexpr (type == CacheType::kI8)
+    attend_heads_int8<H>(q, chunk, scores, out);
+  else if constexpr (type == CacheType::kF16)
+    attend_heads<uint16_t, H>(q, chunk, scores, out);
+  else
+    attend_heads<float, H>(q, chunk, scores, out);
+}
+
+// Heads go in groups that the registers hold: four if they hold so many, two, one.
+template <CacheType type>
 inline void attend_all(const float* q, size_t n_heads, const AttentionChunk& chunk, float* scores,
                        const Attention& out) {
   const size_t dim = chunk.head_dim;
   const auto from = [&](size_t h) { return Attention{out.largest + h, out.totals + h, out.sums + h * dim}; };
   size_t h = 0;
-  for (; h + 4 <= n_heads; h += 4) attend_heads<T, 4>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
-  for (; h + 2 <= n_heads; h += 2) attend_heads<T, 2>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
-  for (; h < n_heads; h++) attend_heads<T, 1>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
+  if constexpr (type != CacheType::kI8 || kInt8Heads == 4)
+    for (; h + 4 <= n_heads; h += 4) attend_some<type, 4>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
+  for (; h + 2 <= n_heads; h += 2) attend_some<type, 2>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
+  for (; h < n_heads; h++) attend_some<type, 1>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
 }
 
 void attend(const float* queries, size_t n_heads, const AttentionChunk& chunk, float* scores, const Attention& out) {
   switch (chunk.type) {
     case CacheType::kF32:
-      return attend_all<float>(queries, n_heads, chunk, scores, out);
+      return attend_all<CacheType::kF32>(queries, n_heads, chunk, scores, out);
     case CacheType::kF16:
-      return attend_all<uint16_t>(queries, n_heads, chunk, scores, out);
+      return attend_all<CacheType::kF16>(queries, n_heads, chunk, scores, out);
     case CacheType::kI8:
-      return attend_all<int8_t>(queries, n_heads, chunk, scores, out);
+      return attend_all<CacheType::kI8>(queries, n_heads, chunk, scores, out);
   }
 }
 

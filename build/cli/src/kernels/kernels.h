@@ -18,6 +18,7 @@ inline constexpr size_t kLanes = 16;              // float lanes of every reduct
 inline constexpr size_t kTernaryBlock = 128;      // weights in 32 bytes of I2_S
 inline constexpr size_t kPositionsPerBlock = 16;  // positions that lie side by side in the key cache
 inline constexpr size_t kChunkPositions = 256;    // that attention takes at a time
+inline constexpr size_t kMaxHeadDim = 1024;
 
 // How far ahead a product by few tokens asks for the rows that follow. Rows are read one after another, as one stream.
 inline constexpr size_t kPrefetchBytes = 8192;
@@ -97,8 +98,9 @@ struct RowSketch {
 
 // Keys and values of one layer and one kv head, of up to kChunkPositions positions. Keys lie in blocks of 16 positions,
 // (kChunkPositions / 16, head_dim, 16), so that one vector holds the same dimension of 16 positions; values as
-// (kChunkPositions, head_dim). Both are of the cache's type; int8 numbers are followed by a scale for each position,
-// f32.
+// (kChunkPositions, head_dim). Both are of the cache's type. int8 numbers lie in pairs, as they are multiplied, two
+// dimensions of a key, (kChunkPositions / 16, head_dim / 2, 16, 2), and two positions' values, (kChunkPositions / 2,
+// head_dim, 2), and are followed by a scale for each position, f32.
 struct AttentionChunk {
   const std::byte* keys;    // chunk_bytes(type, head_dim)
   const std::byte* values;  // chunk_bytes(type, head_dim)
@@ -123,10 +125,12 @@ struct Kernels {
   // out[i] = clip(rint(x[i] · s), −128, 127) with s = 127 / max(|x|, 1e-5), which is returned; *sum = Σ out[i].
   float (*quantize)(const float* x, size_t n, int8_t* out, int32_t* sum);
 
-  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Of codes, of which any may be 3. Few
-  // instructions come before the first row, so rows that lie apart can be taken one at a time. Activations that begin
-  // at a multiple of 64 bytes are read fastest.
+  // out[t · out_stride + r] = Σₖ activations[t][k] · weight[r][k], exactly. Of codes, of which any may be 3.
+  // Activations that begin at a multiple of 64 bytes are read fastest.
   void (*ternary_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
+
+  // The same of one token and n rows that lie apart: out[i] is that of rows[i].
+  void (*ternary_select)(const TernaryRows& w, const uint32_t* rows, size_t n, const Activations& x, int32_t* out);
 
   // The same, of trits in rows of at most kMaxTritCols; nullptr where expanding them to codes, once for all tokens, is
   // better.

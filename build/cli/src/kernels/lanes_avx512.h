@@ -28,6 +28,9 @@ inline void store_half(uint16_t* p, F32x16 a) {
 inline void store_int8(int8_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a)));
 }
+inline void store_int16(int16_t* p, F32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(a)));
+}
 inline void store_uint8(uint8_t* p, F32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtusepi32_epi8(_mm512_cvtps_epi32(a)));
 }
@@ -75,6 +78,21 @@ inline double sum(F64x16 s) {
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
   return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
 }
+
+// Sixteen 32-bit integers, and sixteen pairs of 16-bit ones.
+using I32x16 = __m512i;
+using I16Pairs = __m512i;
+inline I32x16 zero32() { return _mm512_setzero_si512(); }
+inline I16Pairs load_pairs(const int8_t* p) {
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+inline I16Pairs set1_pair(const int16_t* p) {
+  int pair;
+  __builtin_memcpy(&pair, p, sizeof pair);
+  return _mm512_set1_epi32(pair);
+}
+inline I32x16 add_products(I32x16 sum, I16Pairs a, I16Pairs b) { return _mm512_dpwssd_epi32(sum, a, b); }
+inline F32x16 to_float(I32x16 a) { return _mm512_cvtepi32_ps(a); }
 
 // Thirty-two 16-bit integers: the tokens of a look-up table.
 constexpr size_t kLutLanes = 32;

@@ -50,6 +50,12 @@ inline void store_int8(int8_t* p, F32x16 a) {
     p[i] = static_cast<int8_t>(rounded > 127.0f ? 127.0f : rounded >= -128.0f ? rounded : -128.0f);
   }
 }
+inline void store_int16(int16_t* p, F32x16 a) {
+  for (int i = 0; i < 16; i++) {
+    const float rounded = std::nearbyint(a.v[i]);
+    p[i] = static_cast<int16_t>(rounded > 32767.0f ? 32767.0f : rounded >= -32768.0f ? rounded : -32768.0f);
+  }
+}
 inline void store_uint8(uint8_t* p, F32x16 a) {  // whole numbers from 0 to 255
   for (int i = 0; i < 16; i++) p[i] = static_cast<uint8_t>(a.v[i]);
 }
@@ -111,4 +117,31 @@ inline double sum(F64x16 a) {
   for (int half = 8; half > 0; half /= 2)
     for (int i = 0; i < half; i++) a.v[i] += a.v[i + half];
   return a.v[0];
+}
+
+// Sixteen 32-bit integers, and sixteen pairs of 16-bit ones.
+struct I32x16 {
+  int32_t v[16];
+};
+struct I16Pairs {
+  int16_t v[32];
+};
+inline I32x16 zero32() { return I32x16{}; }
+inline I16Pairs load_pairs(const int8_t* p) {
+  I16Pairs out;
+  for (int i = 0; i < 32; i++) out.v[i] = p[i];
+  return out;
+}
+inline I16Pairs set1_pair(const int16_t* p) {
+  I16Pairs out;
+  for (int i = 0; i < 32; i++) out.v[i] = p[i % 2];
+  return out;
+}
+// sum + a₀ b₀ + a₁ b₁ of each pair
+inline I32x16 add_products(I32x16 sum, I16Pairs a, I16Pairs b) {
+  for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
+  return sum;
+}
+inline F32x16 to_float(I32x16 a) {
+  return each([&](int i) { return static_cast<float>(a.v[i]); });
 }

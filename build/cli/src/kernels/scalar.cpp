@@ -10,8 +10,10 @@ namespace scalar {
 
 #include "lanes_scalar.h"
 
+// Of attention: how much the registers hold.
 constexpr int kScoreBlocks = 1;
 constexpr int kWeighVectors = 1;
+constexpr int kInt8Heads = 4, kInt8Blocks = 1, kInt8Vectors = 1;
 #include "float_kernels.h"
 
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
@@ -27,6 +29,10 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
       }
       out[t * out_stride + r] = total;
     }
+}
+
+void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const Activations& x, int32_t* out) {
+  for (size_t i = 0; i < n; i++) ternary_matmul(w.slice(rows[i], 1), x, &out[i], 1);
 }
 
 void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
@@ -49,6 +55,7 @@ const Kernels kScalarKernels = {
     .rms_norm = scalar::rms_norm,
     .quantize = scalar::quantize,
     .ternary_matmul = scalar::ternary_matmul,
+    .ternary_select = scalar::ternary_select,
     .trit_matmul = nullptr,
     .expand_trits = scalar::expand_trits,
     .lut_lanes = 0,
