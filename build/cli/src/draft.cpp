@@ -1,14 +1,8 @@
 #include "draft.h"
 
-#include <algorithm>
-
 namespace bitnet {
 
-std::vector<TokenId> Drafter::propose(std::span<const TokenId> history, size_t limit) {
-  if (pause_ > 0) {
-    pause_--;
-    return {};
-  }
+std::vector<TokenId> Drafter::propose(std::span<const TokenId> history, size_t limit) const {
   const size_t length = std::min(length_, limit);
   if (length == 0 || history.size() <= kMatch) return {};
   const std::span<const TokenId> tail = history.last(kMatch);
@@ -24,8 +18,6 @@ std::vector<TokenId> Drafter::propose(std::span<const TokenId> history, size_t l
 
 void Drafter::learn(size_t n_drafted, size_t n_accepted) {
   length_ = n_accepted == n_drafted ? std::min(2 * length_, max_length_) : n_accepted + 1;
-  misses_ = n_accepted == 0 ? misses_ + 1 : 0;
-  if (misses_ > 0) pause_ = std::min(size_t{1} << std::min(misses_, size_t{6}), kMaxPause);
 }
 
 }  // namespace bitnet

@@ -3,6 +3,7 @@
 // checks all guesses in one pass over its weights, so a right one costs next to nothing.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <span>
 #include <vector>
@@ -13,22 +14,37 @@ namespace bitnet {
 
 class Drafter {
  public:
-  explicit Drafter(size_t max_length) : max_length_(max_length), length_(max_length) {}
+  explicit Drafter(size_t max_length) : max_length_(max_length), length_(std::min(max_length, kFirstLength)) {}
 
-  // At most `limit` tokens that may follow `history`; empty when nothing suggests any, or guessing has not paid lately.
-  std::vector<TokenId> propose(std::span<const TokenId> history, size_t limit);
+  // At most `limit` tokens that may follow `history`; empty when nothing suggests any.
+  std::vector<TokenId> propose(std::span<const TokenId> history, size_t limit) const;
 
   // What became of the last proposal that was not empty.
   void learn(size_t n_drafted, size_t n_accepted);
 
  private:
-  static constexpr size_t kMatch = 3;      // tokens that must have stood together before
-  static constexpr size_t kMaxPause = 64;  // tokens without a guess after repeated misses
+  static constexpr size_t kMatch = 3;  // tokens that must have stood together before
+  static constexpr size_t kFirstLength = 2;
 
   size_t max_length_;
-  size_t length_;      // of the next proposal: doubled when all was right, cut when not
-  size_t misses_ = 0;  // proposals in a row of which nothing was right
-  size_t pause_ = 0;
+  size_t length_;  // of the next proposal: doubled when all was right, cut when not
+};
+
+enum class Guesses { kWhereTheyPay, kAlways };
+
+// Whether guessing pays, in units of the time that a token takes without it: a fiftieth of all time may be lost. How
+// much a guess costs depends on the processor and the model: next to nothing where memory is the bound, as much as a
+// token where computing is.
+class GuessBudget {
+ public:
+  bool allows() const { return balance_ > 0.0; }
+  void earn(size_t n_tokens) { add(kAllowance * static_cast<double>(n_tokens)); }
+  // Tokens that were guessed right, less what the guesses took.
+  void add(double gain) { balance_ = std::min(balance_ + gain, kMost); }
+
+ private:
+  static constexpr double kAllowance = 0.02, kFirst = 1.0, kMost = 4.0;
+  double balance_ = kFirst;
 };
 
 }  // namespace bitnet

@@ -17,8 +17,8 @@ constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather
 // Of so many rows for each of the k that are wanted the estimates are refined before anything is computed exactly: the
 // better the first k, the fewer rows have a chance beside them.
 constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
-// How far from its estimate a logit is looked for, in standard deviations: a normal error stays within 5.5 but for one in
-// 50 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
+// How far from its estimate a logit is looked for, in standard deviations: a normal error stays within 5.5 but for one
+// in 50 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
 // away. docs/performance.md says what it was tried on.
 constexpr double kDeviations = 5.5, kFewColumns = 20.0;
 

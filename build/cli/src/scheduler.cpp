@@ -17,7 +17,8 @@ size_t shared_prefix(std::span<const TokenId> a, std::span<const TokenId> b) {
 
 }  // namespace
 
-Scheduler::Scheduler(Engine& engine) : engine_(engine), logits_(engine.config().n_vocab) {
+Scheduler::Scheduler(Engine& engine, Guesses guesses)
+    : engine_(engine), logits_(engine.config().n_vocab), guesses_(guesses) {
   for (size_t i = 0; i < engine.n_parallel; i++) slots_.push_back(std::make_unique<Slot>(engine));
 }
 
@@ -241,6 +242,7 @@ bool Scheduler::save_prompt(const Slot& slot) {
 // Takes the tokens that the last batch, or a mask, has made known.
 void Scheduler::draw(Slot& slot) {
   Sequence& sequence = *slot.sequence;
+  const Clock::time_point start = Clock::now();
   while (!sequence.over() && !sequence.waits_for_mask()) {
     const bool has_output = slot.n_used < slot.n_outputs;
     if (!has_output) {
@@ -257,9 +259,26 @@ void Scheduler::draw(Slot& slot) {
       continue;
     }
     if (!slot.draft.empty()) sequence.learn(slot.draft.size(), slot.n_used);
+    weigh(slot, start);
     slot.n_outputs = slot.n_used = 0;
     slot.tokens.resize(
         std::min(slot.tokens.size(), sequence.history().size() - 1));  // without what was guessed wrongly
+  }
+}
+
+// What the last pass took for this slot, whose tokens have been drawn since `start`, and what guesses have changed in
+// it.
+void Scheduler::weigh(const Slot& slot, Clock::time_point start) {
+  if (!pass_timed_ || slot.sequence->request().mask) return;
+  const double share = pass_share_s_ + std::chrono::duration<double>(Clock::now() - start).count();
+  const auto n_guesses = static_cast<double>(slot.draft.size()), n_right = static_cast<double>(slot.n_used);
+  budget_.earn(1 + slot.n_used);
+  if (slot.draft.empty()) {
+    constexpr double kNewest = 0.1;  // its weight in the mean
+    plain_share_s_ = n_in_pass_ == n_in_plain_pass_ ? plain_share_s_ + kNewest * (share - plain_share_s_) : share;
+    n_in_plain_pass_ = n_in_pass_;
+  } else if (n_in_pass_ == n_in_plain_pass_) {  // else nothing is known to compare it with
+    budget_.add(n_right - std::clamp(share / plain_share_s_ - 1.0, 0.0, 2.0 * n_guesses));
   }
 }
 
@@ -313,8 +332,9 @@ std::vector<Scheduler::Slot*> Scheduler::plan() {
   }
   if (long_ones.empty()) {
     const size_t each = std::min(engine_.max_draft() + 1, max_batch) / std::max<size_t>(slots.size(), 1);
+    const bool may_guess = guesses_ == Guesses::kAlways || (budget_.allows() && n_in_plain_pass_ == slots.size());
     for (Slot* slot : slots)
-      if (each > 1 && !slot->sequence->in_prompt()) slot->draft = slot->sequence->propose(each - 1);
+      if (each > 1 && !slot->sequence->in_prompt()) slot->draft = slot->sequence->propose(each - 1, may_guess);
     return slots;
   }
   const size_t size = long_ones.size() < slots.size() ? std::min(kSharedBatch, max_batch) : max_batch;
@@ -348,7 +368,12 @@ void Scheduler::compute(const std::vector<Slot*>& slots, const std::function<voi
     expire();
     return std::none_of(slots.begin(), slots.end(), [](const Slot* slot) { return slot->runs(); });
   };
+  const Clock::time_point start = Clock::now();
+  pass_timed_ = false;
   if (!engine_.transformer.forward(batch, abandoned)) return;
+  pass_timed_ = std::all_of(slots.begin(), slots.end(), [](const Slot* slot) { return slot->n_next == 1; });
+  n_in_pass_ = slots.size();
+  pass_share_s_ = std::chrono::duration<double>(Clock::now() - start).count() / static_cast<double>(n_in_pass_);
   size_t n_outputs = 0;
   for (Slot* slot : slots) {
     const std::span<const TokenId> computed = slot->sequence->history().subspan(slot->tokens.size(), slot->n_next);

@@ -95,10 +95,11 @@ void Sequence::end_prompt(bool saved) {
   if (limit_ == 0) finish(StopType::kLimit);
 }
 
-std::vector<TokenId> Sequence::propose(size_t most) {
+std::vector<TokenId> Sequence::propose(size_t most, bool may_guess) {
   most = std::min(most, limit_ - result_.tokens.size() - 1);
   if (!forced_.empty())
     return {forced_.begin(), forced_.begin() + static_cast<std::ptrdiff_t>(std::min(most, forced_.size()))};
+  if (!may_guess) return {};
   std::vector<TokenId> draft = drafter_.propose(history_, most);
   result_.n_drafted += draft.size();
   return draft;

@@ -125,8 +125,8 @@ class Sequence {
   bool tells_prompt() const { return in_prompt_ && index_ == 0 && request_->prompt_logprobs; }
   void end_prompt(bool saved);  // it has been computed, and saved in its cache file
 
-  // What follows without a choice, or else guesses at what follows the history, `most` at the most.
-  std::vector<TokenId> propose(size_t most);
+  // What follows without a choice, or else, if it may, guesses at what follows the history, `most` at the most.
+  std::vector<TokenId> propose(size_t most, bool may_guess);
   void guessed_right() { result_.n_accepted += !request_->mask; }  // the token accepted last
   void learn(size_t n_drafted, size_t n_accepted) { drafter_.learn(n_drafted, n_accepted); }
 

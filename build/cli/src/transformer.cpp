@@ -22,9 +22,11 @@ constexpr size_t kFewAttending = 16;              // tokens whose attention is d
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
-// How many of n tokens go by look-up: whole tiles, and a rest that is large enough.
-size_t lookup_tokens(const Kernels& kernels, size_t n) {
+// How many of n tokens go by look-up: whole tiles, and a rest that is large enough. None where the smallest matrices
+// would not give every thread a piece.
+size_t lookup_tokens(const Kernels& kernels, size_t n, size_t dim, size_t n_threads) {
   if (kernels.lut_lanes == 0 || n < kernels.lut_min_tokens) return 0;
+  if (ceil_div(n, kernels.lut_lanes) * ceil_div(dim, kLeastLutRows) < n_threads) return 0;
   const size_t rest = n % kernels.lut_lanes;
   return rest >= kernels.lut_min_rest ? n : n - rest;
 }
@@ -81,7 +83,7 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
   n_ = batch.size();
-  n_lookup_ = lookup_tokens(kernels_, n_);
+  n_lookup_ = lookup_tokens(kernels_, n_, config_.dim, pool_.size());
   group_tokens(batch);
   embed(batch);
   for (size_t i = 0; i < config_.n_layers; i++) {

@@ -9,10 +9,40 @@ using namespace bitnet;
 
 TEST_CASE("what came before comes again") {
   using Tokens = std::vector<TokenId>;
-  CHECK(Drafter(4).propose(Tokens{1, 2, 3, 4, 5, 6, 7, 1, 2, 3}, 9) == Tokens{4, 5, 6, 7});
-  CHECK(Drafter(4).propose(Tokens{1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3}, 2) == Tokens{5, 1});  // the latest place
+  CHECK(Drafter(4).propose(Tokens{1, 2, 3, 4, 5, 6, 7, 1, 2, 3}, 9) == Tokens{4, 5});  // few at first
+  CHECK(Drafter(4).propose(Tokens{1, 2, 3, 4, 5, 6, 7, 1, 2, 3}, 1) == Tokens{4});
+  CHECK(Drafter(4).propose(Tokens{1, 2, 3, 4, 1, 2, 3, 5, 1, 2, 3}, 9) == Tokens{5, 1});  // the latest place
   CHECK(Drafter(4).propose(Tokens{1, 2, 3, 4, 5}, 9).empty());
-  // Past the end of the text it goes on in the circle that it is in.
-  CHECK(Drafter(7).propose(Tokens{9, 1, 2, 3, 1, 2, 3}, 9) == Tokens{1, 2, 3, 1, 2, 3, 1});
-  CHECK(Drafter(5).propose(Tokens{8, 8, 8, 8}, 9) == Tokens{8, 8, 8, 8, 8});
+  CHECK(Drafter(0).propose(Tokens{8, 8, 8, 8}, 9).empty());
+}
+
+TEST_CASE("right guesses make longer ones, wrong guesses shorter ones") {
+  using Tokens = std::vector<TokenId>;
+  const Tokens text{9, 1, 2, 3, 1, 2, 3};
+  Drafter drafter(7);
+  drafter.learn(2, 2);
+  CHECK(drafter.propose(text, 9) == Tokens{1, 2, 3, 1});  // past the text's end in the circle that it is in
+  drafter.learn(4, 4);
+  CHECK(drafter.propose(text, 9) == Tokens{1, 2, 3, 1, 2, 3, 1});
+  drafter.learn(7, 1);
+  CHECK(drafter.propose(text, 9) == Tokens{1, 2});
+  drafter.learn(2, 0);
+  CHECK(drafter.propose(text, 9) == Tokens{1});
+}
+
+TEST_CASE("guesses stop when they have cost a fiftieth of the time, and go on where they pay") {
+  GuessBudget budget;
+  size_t n_guesses = 0;
+  for (size_t i = 0; i < 10000; i++) {  // wrong ones that take as long as a token
+    if (budget.allows()) {
+      n_guesses++;
+      budget.add(-1.0);
+    }
+    budget.earn(1);
+  }
+  CHECK(n_guesses > 150);
+  CHECK(n_guesses < 250);
+  for (size_t i = 0; i < 100; i++) budget.add(2.5);
+  for (n_guesses = 0; budget.allows(); n_guesses++) budget.add(-1.0);  // what was gained long ago counts little
+  CHECK(n_guesses <= 5);
 }

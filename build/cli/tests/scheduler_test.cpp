@@ -177,7 +177,7 @@ TEST_CASE("guessing ahead changes nothing but the number of passes") {
             request.sampling.temperature = temperature;
             request.sampling.repeat_penalty = repeat_penalty;
             request.sampling.seed = 5;
-            Scheduler scheduler(engine);
+            Scheduler scheduler(engine, Guesses::kAlways);
             const CompletionResult with = only(scheduler, request);
             request.cache_prompt = false;
             request.speculate = false;
@@ -197,7 +197,7 @@ TEST_CASE("guessing ahead changes nothing but the number of passes") {
             again.n_predict = 8;
             again.sampling.temperature = 0.0f;
             const std::vector<TokenId> fresh = only(scheduler, again).tokens;
-            Scheduler other(engine);
+            Scheduler other(engine, Guesses::kAlways);
             request.cache_prompt = again.cache_prompt = request.speculate = true;
             only(other, request);
             CHECK(only(other, again).tokens == fresh);
@@ -211,7 +211,7 @@ TEST_CASE("in company every completion gets what it gets alone") {
   {
     Engine engine(options(1));
     for (const Completion& request : mixture(engine)) {
-      Scheduler scheduler(engine);
+      Scheduler scheduler(engine, Guesses::kAlways);
       alone.push_back(only(scheduler, request));
     }
   }
@@ -220,7 +220,7 @@ TEST_CASE("in company every completion gets what it gets alone") {
       CAPTURE(n_parallel);
       CAPTURE(batch_size);
       Engine engine(options(n_parallel, batch_size));
-      Scheduler scheduler(engine);
+      Scheduler scheduler(engine, Guesses::kAlways);
       std::vector<std::shared_ptr<Recorder>> heard;
       for (const Completion& request : mixture(engine)) {
         heard.push_back(std::make_shared<Recorder>());
