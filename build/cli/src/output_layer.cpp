@@ -58,7 +58,7 @@ class Best {
   float least_ = -kInfinity;
 };
 
-// The largest, in lanes that the compiler makes vectors of. NaN, of wrong weights, may hide others of its lane.
+// The largest, in lanes that the compiler makes vectors of. NaN, of wrong weights, is passed over.
 float peak_of(std::span<const float> values) {
   constexpr size_t kPeakLanes = 16;
   std::array<float, kPeakLanes> peaks;

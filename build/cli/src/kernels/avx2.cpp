@@ -18,9 +18,8 @@ namespace avx2 {
 #include "lanes_avx2.h"
 
 // Of attention: how much the registers hold.
-constexpr int kScoreBlocks = 1;
 constexpr int kWeighVectors = 1;
-constexpr int kInt8Heads = 2, kInt8Blocks = 1, kInt8Vectors = 1;
+constexpr int kInt8Heads = 2, kInt8Vectors = 1;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
@@ -75,43 +74,15 @@ inline __m256i one_row(const uint8_t* row, size_t n_blocks, const int8_t* x) {
   return acc;
 }
 
-// What the lanes of four rows' sums come to; codes are weights + 1.
+// What the lanes of a row's sums come to, or of four; codes are weights + 1.
 inline __m128i products(const __m256i (&acc)[4], int32_t sum) {
   return _mm_sub_epi32(_mm_srai_epi32(sums_of(acc), 2), _mm_set1_epi32(sum));
 }
 
-// One row after another, so that a run of rows is one stream.
-void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* out) {
-  const size_t stride = w.cols / 4, n_blocks = w.cols / kTernaryBlock;
-  const uint8_t* row = w.data;
-  size_t r = 0;
-  for (; r + 4 <= w.rows; r += 4) {
-    __m256i acc[4];
-    for (__m256i& a : acc) {
-      a = one_row<false>(row, n_blocks, x);
-      row += stride;
-    }
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(out + r), products(acc, sum));
-  }
-  for (; r < w.rows; r++, row += stride) out[r] = sum_of(one_row<true>(row, n_blocks, x)) / 4 - sum;
-}
+inline int32_t product(__m256i acc, int32_t sum) { return sum_of(acc) / 4 - sum; }
 
-void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const Activations& x, int32_t* out) {
-  constexpr size_t kAhead = 8;
-  const size_t stride = w.cols / 4;
-  const auto row = [&](size_t i) { return w.data + rows[i] * stride; };
-  for (size_t i = 0; i < n; i += 4) {
-    const size_t count = n - i < 4 ? n - i : 4;
-    __m256i acc[4];
-    for (size_t j = 0; j < 4; j++) {
-      if (i + j + kAhead < n) bitnet::prefetch(row(i + j + kAhead), stride);
-      acc[j] = one_row<true>(row(i + (j < count ? j : 0)), w.cols / kTernaryBlock, x.values);
-    }
-    alignas(16) int32_t found[4];
-    _mm_store_si128(reinterpret_cast<__m128i*>(found), products(acc, x.sums[0]));
-    for (size_t j = 0; j < count; j++) out[i + j] = found[j];
-  }
-}
+using RowSums = __m256i;
+#include "one_token.h"
 
 // One row by N tokens: their sums, lane by lane. Up to four tokens' sums and the row's unpacked codes are what the
 // sixteen registers hold.

@@ -141,25 +141,20 @@ inline void fetch_cache(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kCacheAhead<T>, 0, 3);
 }
 
-// scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H heads and B blocks of positions.
-template <class T, int H, int B>
+// scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H heads and a block of positions: one block
+// after another is one stream, which memory gives faster than two.
+template <class T, int H>
 inline void score(const float* q, size_t head_dim, const T* keys, float factor, float* scores) {
   constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
-  F32x16 acc[B][H];
-  for (int b = 0; b < B; b++)
-    for (int h = 0; h < H; h++) acc[b][h] = zero();
-  for (size_t d = 0; d < head_dim; d++)
-    for (int b = 0; b < B; b++) {
-      const T* p = keys + (static_cast<size_t>(b) * head_dim + d) * kPositionsPerBlock;
-      if (d % kPerLine == 0) fetch_cache(p);
-      const F32x16 k = load_cached(p);
-      for (int h = 0; h < H; h++) acc[b][h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d]), k, acc[b][h]);
-    }
-  for (int b = 0; b < B; b++)
-    for (int h = 0; h < H; h++) {
-      float* to = scores + static_cast<size_t>(h) * kChunkPositions + static_cast<size_t>(b) * kPositionsPerBlock;
-      store(to, mul(acc[b][h], set1(factor)));
-    }
+  F32x16 acc[H];
+  for (int h = 0; h < H; h++) acc[h] = zero();
+  for (size_t d = 0; d < head_dim; d++) {
+    const T* p = keys + d * kPositionsPerBlock;
+    if (d % kPerLine == 0) fetch_cache(p);
+    const F32x16 k = load_cached(p);
+    for (int h = 0; h < H; h++) acc[h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d]), k, acc[h]);
+  }
+  for (int h = 0; h < H; h++) store(scores + static_cast<size_t>(h) * kChunkPositions, mul(acc[h], set1(factor)));
 }
 
 // Scores → e^(score − largest), in place, 0 past n, times `scales` where there are some; returns the sum without them.
@@ -215,10 +210,7 @@ inline void attend_heads(const float* q, const AttentionChunk& chunk, float* sco
   const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
   const T* keys = reinterpret_cast<const T*>(chunk.keys);
   const T* values = reinterpret_cast<const T*>(chunk.values);
-  size_t b = 0;
-  for (; b + kScoreBlocks <= n_blocks; b += kScoreBlocks)
-    score<T, H, kScoreBlocks>(q, dim, keys + b * block, factor, scores + b * kPositionsPerBlock);
-  for (; b < n_blocks; b++) score<T, H, 1>(q, dim, keys + b * block, factor, scores + b * kPositionsPerBlock);
+  for (size_t b = 0; b < n_blocks; b++) score<T, H>(q, dim, keys + b * block, factor, scores + b * kPositionsPerBlock);
   for (size_t h = 0; h < H; h++) out.totals[h] = softmax(scores + h * kChunkPositions, n, nullptr, &out.largest[h]);
   for (size_t i = 0; i < H * dim; i += kLanes) store(out.sums + i, zero());
   constexpr size_t kAtOnce = 64;  // positions whose values stay in the L1 cache while all dimensions are done
@@ -244,27 +236,21 @@ inline float quantize_words(const float* x, size_t n, float levels, int16_t* out
   return amplitude / levels;
 }
 
-// The scores of H heads and B blocks of positions: Σ q · k, times the head's factor and the position's scale.
-template <int H, int B>
+// The scores of H heads and a block of positions: Σ q · k, times the head's factor and the position's scale.
+template <int H>
 inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, const float* factors, const float* scales,
                        float* scores) {
-  I32x16 acc[B][H];
-  for (int b = 0; b < B; b++)
-    for (int h = 0; h < H; h++) acc[b][h] = zero32();
-  for (size_t d = 0; d < head_dim; d += 2)
-    for (int b = 0; b < B; b++) {
-      const int8_t* p = keys + (static_cast<size_t>(b) * head_dim + d) * kPositionsPerBlock;
-      if (d % 4 == 0) fetch_cache(p);
-      const I16Pairs k = load_pairs(p);
-      for (int h = 0; h < H; h++)
-        acc[b][h] = add_products(acc[b][h], k, set1_pair(q + static_cast<size_t>(h) * head_dim + d));
-    }
-  for (int b = 0; b < B; b++)
-    for (int h = 0; h < H; h++) {
-      const size_t first = static_cast<size_t>(b) * kPositionsPerBlock;
-      const F32x16 s = mul(mul(to_float(acc[b][h]), set1(factors[h])), load(scales + first));
-      store(scores + static_cast<size_t>(h) * kChunkPositions + first, s);
-    }
+  I32x16 acc[H];
+  for (int h = 0; h < H; h++) acc[h] = zero32();
+  for (size_t d = 0; d < head_dim; d += 2) {
+    const int8_t* p = keys + d * kPositionsPerBlock;
+    if (d % 4 == 0) fetch_cache(p);
+    const I16Pairs k = load_pairs(p);
+    for (int h = 0; h < H; h++) acc[h] = add_products(acc[h], k, set1_pair(q + static_cast<size_t>(h) * head_dim + d));
+  }
+  for (int h = 0; h < H; h++)
+    store(scores + static_cast<size_t>(h) * kChunkPositions,
+          mul(mul(to_float(acc[h]), set1(factors[h])), load(scales)));
 }
 
 // out = Σ weight · v, times the head's factor, of n_pairs of positions, for H heads and D vectors of dimensions.
@@ -307,13 +293,9 @@ inline void attend_heads_int8(const float* q, const AttentionChunk& chunk, float
   float factors[H];
   for (size_t h = 0; h < H; h++)
     factors[h] = quantize_words(q + h * dim, dim, most < kWordLevels ? most : kWordLevels, queries + h * dim) * factor;
-  size_t b = 0;
-  for (; b + kInt8Blocks <= n_blocks; b += kInt8Blocks)
-    score_int8<H, kInt8Blocks>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock,
-                               scores + b * kPositionsPerBlock);
-  for (; b < n_blocks; b++)
-    score_int8<H, 1>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock,
-                     scores + b * kPositionsPerBlock);
+  for (size_t b = 0; b < n_blocks; b++)
+    score_int8<H>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock,
+                  scores + b * kPositionsPerBlock);
   for (size_t h = 0; h < H; h++) {
     float* of_head = scores + h * kChunkPositions;
     out.totals[h] = softmax(of_head, n, scales_of(chunk.values, dim), &out.largest[h]);
