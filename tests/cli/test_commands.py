@@ -402,6 +402,18 @@ def test_bench_leaves_out_what_it_is_told_to(left_out: str, bitnet: Bitnet, demo
     assert [name for name in result if name.startswith({"prefill": "decode", "decode": "prefill"}[left_out])]
 
 
+def test_bench_says_a_text_again_with_and_without_guesses(bitnet: Bitnet, demo_model: Path, tmp_path: Path) -> None:
+    verse = "the king had a son, and the son had a horse, and the horse had a golden saddle."
+    (tmp_path / "text").write_text(f"Once upon a time {verse}\n---\nAnd so {verse}\n")
+    options = ("--prompt-tokens", 0, "--predict-tokens", 0, "--repetitions", 1, "--json")
+    result = bitnet.json("bench", "-m", demo_model, *options, "--replay", tmp_path / "text")
+    said = bitnet.json("tokenize", "-m", demo_model, stdin=f"And so {verse}\n".encode())
+    assert result["replay_tokens"] == len(said)
+    assert 0 < result["replay_right_guesses"] <= result["replay_guesses"]
+    assert result["replay_tokens_per_second"] > 0
+    assert result["replay_without_guesses_tokens_per_second"] > 0
+
+
 def test_bench_of_nothing_measures_the_memory(bitnet: Bitnet, demo_model: Path) -> None:
     result = bitnet.json("bench", "-m", demo_model, "--prompt-tokens", 0, "--predict-tokens", 0, "--json")
     assert result["read_bandwidth_bytes_per_second"] > 0

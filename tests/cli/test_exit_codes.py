@@ -400,7 +400,7 @@ def test_numbers_that_are_none_crash_nothing(bitnet: Bitnet, gguf: Gguf, tmp_pat
 # context and memory
 
 
-def test_a_prompt_longer_than_the_context(bitnet: Bitnet, demo_model: Path) -> None:
+def test_a_prompt_longer_than_the_context(bitnet: Bitnet, demo_model: Path, tmp_path: Path) -> None:
     prompt = "one two three four five six seven"
     n_prompt = 1 + len(bitnet.json("tokenize", "-m", demo_model, stdin=prompt.encode()))
     options = ("generate", "-m", demo_model, "-p", prompt)
@@ -419,6 +419,16 @@ def test_a_prompt_longer_than_the_context(bitnet: Bitnet, demo_model: Path) -> N
     assert (code, "3 tokens" in message, "holds 2 " in message) == (CONTEXT, True, True)
     code, message = bitnet.error("bench", "-m", demo_model, "--prompt-tokens", 10, "--depth", 250)
     assert (code, "260" in message or "314" in message, "holds 256" in message) == (CONTEXT, True, True)
+    (tmp_path / "text").write_text("many words " * 150 + "\n---\n" + "many words " * 150)
+    code, message = bitnet.error("bench", "-m", demo_model, "--prompt-tokens", 0, "--replay", tmp_path / "text")
+    assert (code, "--replay" in message, "holds 256" in message) == (CONTEXT, True, True)
+
+
+@pytest.mark.parametrize("text", ["", "no line", "a prompt\n---\n", "a prompt\n--- \na text"])
+def test_a_text_to_replay_without_its_parts(text: str, bitnet: Bitnet, demo_model: Path, tmp_path: Path) -> None:
+    (tmp_path / "text").write_text(text)
+    code, message = bitnet.error("bench", "-m", demo_model, "--replay", tmp_path / "text")
+    assert (code, '"---"' in message) == (USAGE, True)
 
 
 def test_a_context_longer_than_the_models(bitnet: Bitnet, demo_model: Path) -> None:

@@ -7,6 +7,7 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "draft.h"
 #include "error.h"
 #include "machine.h"
 #include "sequence.h"
@@ -19,8 +20,6 @@ namespace {
 constexpr size_t kReadBytes = size_t{256} << 20;  // well above any cache
 constexpr size_t kTopK = 40;                      // candidates that the default sampling draws from
 constexpr size_t kReadPieceBytes = size_t{1} << 20;
-
-double seconds_since(Clock::time_point start) { return std::chrono::duration<double>(Clock::now() - start).count(); }
 
 // A buffer larger than the caches, to measure what plain reading gives at the pool's threads.
 class ReadBuffer {
@@ -93,6 +92,43 @@ class SideBySide {
   std::vector<std::unique_ptr<KvCache>> caches_;
 };
 
+struct Replay {
+  double tokens_per_second;
+  size_t n_guesses = 0, n_right = 0;
+};
+
+// Says `text` after `prompt`, token by token, each looked for among the logits as if it had to be found.
+Replay replay(Engine& engine, std::span<const TokenId> prompt, std::span<const TokenId> text, bool may_guess) {
+  Session session(engine);
+  std::vector<TokenId> history(prompt.begin(), prompt.end());
+  session.evaluate(prompt.first(prompt.size() - 1));
+  Drafter drafter(may_guess ? engine.max_draft() : 0);
+  GuessBudget budget;
+  Replay result{};
+  const Clock::time_point start = Clock::now();
+  for (size_t done = 0; done < text.size();) {
+    const Clock::time_point pass = Clock::now();
+    std::vector<TokenId> draft;
+    if (budget.allows(1)) draft = drafter.propose(history, text.size() - done - 1);
+    std::vector<TokenId> batch{history.back()};
+    batch.insert(batch.end(), draft.begin(), draft.end());
+    session.truncate(history.size() - 1);
+    session.evaluate(batch, batch.size());
+    size_t n_right = 0;
+    for (;; n_right++) {
+      engine.transformer.output().best(n_right, kTopK);
+      history.push_back(text[done++]);
+      if (n_right == draft.size() || draft[n_right] != history.back()) break;
+    }
+    if (!draft.empty()) drafter.learn(draft.size(), n_right);
+    budget.weigh(seconds_since(pass), 1, draft.size(), n_right);
+    result.n_guesses += draft.size();
+    result.n_right += n_right;
+  }
+  result.tokens_per_second = static_cast<double>(text.size()) / seconds_since(start);
+  return result;
+}
+
 }  // namespace
 
 nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
@@ -123,7 +159,12 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
                                       std::to_string(engine.transformer.max_batch()));
   SideBySide texts(engine, options.sequences, all.first(options.depth));
 
-  std::vector<double> prefill, decode, bandwidth, fraction, bytes;
+  if (const size_t n = options.replay_prompt.size() + options.replay.size(); n > engine.n_ctx)
+    throw Error(ExitCode::kContextExceeded, "--replay: the prompt and the text take " + std::to_string(n) +
+                                                " positions, the context holds " + std::to_string(engine.n_ctx));
+
+  std::vector<double> prefill, decode, bandwidth, fraction, bytes, said, said_plainly;
+  Replay last_replay{};
   for (size_t i = 0; i < options.repetitions; i++) {
     if (options.prompt_tokens > 0) {
       session.truncate(options.depth);
@@ -149,6 +190,10 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
     } else {
       bandwidth.push_back(before);
     }
+    if (options.replay.empty()) continue;
+    said_plainly.push_back(replay(engine, options.replay_prompt, options.replay, false).tokens_per_second);
+    last_replay = replay(engine, options.replay_prompt, options.replay, true);
+    said.push_back(last_replay.tokens_per_second);
   }
   nlohmann::ordered_json out;
   out["model"] = to_valid_utf8(engine.config().name);
@@ -167,6 +212,13 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
   }
   report(out, "read_bandwidth_bytes_per_second", bandwidth);
   if (!decode.empty()) report(out, "decode_bandwidth_fraction", fraction);
+  if (!said.empty()) {
+    report(out, "replay_tokens_per_second", said);
+    report(out, "replay_without_guesses_tokens_per_second", said_plainly);
+    out["replay_tokens"] = options.replay.size();
+    out["replay_guesses"] = last_replay.n_guesses;
+    out["replay_right_guesses"] = last_replay.n_right;
+  }
   return out;
 }
 

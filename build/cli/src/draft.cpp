@@ -20,4 +20,17 @@ void Drafter::learn(size_t n_drafted, size_t n_accepted) {
   length_ = n_accepted == n_drafted ? std::min(2 * length_, max_length_) : n_accepted + 1;
 }
 
+void GuessBudget::weigh(double seconds, size_t n_texts, size_t n_guesses, size_t n_right) {
+  balance_ += kAllowance * static_cast<double>(1 + n_right);
+  if (n_guesses == 0) {
+    constexpr double kNewest = 0.1;  // its weight in the mean
+    plain_s_ = n_texts == n_texts_ ? plain_s_ + kNewest * (seconds - plain_s_) : seconds;
+    n_texts_ = n_texts;
+  } else if (n_texts == n_texts_) {  // else nothing is known to compare it with
+    const double more = seconds / plain_s_ - 1.0, most = 2.0 * static_cast<double>(n_guesses);
+    balance_ += static_cast<double>(n_right) - std::clamp(more, 0.0, most);
+  }
+  balance_ = std::min(balance_, kMost);
+}
+
 }  // namespace bitnet

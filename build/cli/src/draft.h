@@ -37,14 +37,17 @@ enum class Guesses { kWhereTheyPay, kAlways };
 // token where computing is.
 class GuessBudget {
  public:
-  bool allows() const { return balance_ > 0.0; }
-  void earn(size_t n_tokens) { add(kAllowance * static_cast<double>(n_tokens)); }
-  // Tokens that were guessed right, less what the guesses took.
-  void add(double gain) { balance_ = std::min(balance_ + gain, kMost); }
+  // Whether a pass for so many texts may have guesses: not before one without has been timed.
+  bool allows(size_t n_texts) const { return balance_ > 0.0 && n_texts == n_texts_; }
+  // What a text's share of a pass for n_texts has taken, which gave it n_right tokens more than the one it would have
+  // had without its guesses.
+  void weigh(double seconds, size_t n_texts, size_t n_guesses, size_t n_right);
 
  private:
   static constexpr double kAllowance = 0.02, kFirst = 1.0, kMost = 4.0;
   double balance_ = kFirst;
+  double plain_s_ = 0.0;  // a text's share of a pass for n_texts_ without guesses
+  size_t n_texts_ = 0;
 };
 
 }  // namespace bitnet

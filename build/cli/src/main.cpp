@@ -392,6 +392,7 @@ struct Pack {
 struct Bench {
   ModelOptions model;
   BenchOptions options;
+  std::string replay;
   bool json = false;
 
   void add(CLI::App& app) {
@@ -407,12 +408,26 @@ struct Bench {
     c.add_option("--repetitions", options.repetitions, "the median is reported")
         ->transform(in_range<size_t>(1, 1000))
         ->capture_default_str();
+    c.add_option("--replay", replay,
+                 "file: a prompt, a line \"---\", and a text that is said as if the model had drawn it");
     c.add_flag("--json", json, "print JSON");
     c.callback([this] { run(); });
   }
 
   void run() {
     Engine engine(model.engine);
+    if (!replay.empty()) {
+      constexpr std::string_view kLine = "\n---\n";
+      const std::string file = read_file(replay);
+      const size_t line = file.find(kLine);
+      if (line == std::string::npos)
+        throw Error(ExitCode::kUsage, "--replay: " + replay + " has no line \"---\" between a prompt and a text");
+      const std::string_view all(file);
+      options.replay_prompt = text_prompt(engine.tokenizer, all.substr(0, line + 1), true, false);
+      options.replay = engine.tokenizer.encode(all.substr(line + kLine.size()), false);
+      if (options.replay.empty())
+        throw Error(ExitCode::kUsage, "--replay: " + replay + " has no text after its \"---\"");
+    }
     const Json out = bench(engine, options);
     if (json) return write_out(out.dump() + "\n");
     for (const auto& [key, value] : out.items()) std::printf("%-42s %s\n", key.c_str(), value.dump().c_str());

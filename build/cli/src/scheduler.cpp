@@ -259,26 +259,11 @@ void Scheduler::draw(Slot& slot) {
       continue;
     }
     if (!slot.draft.empty()) sequence.learn(slot.draft.size(), slot.n_used);
-    weigh(slot, start);
+    if (pass_timed_ && !sequence.request().mask)
+      budget_.weigh(pass_share_s_ + seconds_since(start), n_in_pass_, slot.draft.size(), slot.n_used);
     slot.n_outputs = slot.n_used = 0;
     slot.tokens.resize(
         std::min(slot.tokens.size(), sequence.history().size() - 1));  // without what was guessed wrongly
-  }
-}
-
-// What the last pass took for this slot, whose tokens have been drawn since `start`, and what guesses have changed in
-// it.
-void Scheduler::weigh(const Slot& slot, Clock::time_point start) {
-  if (!pass_timed_ || slot.sequence->request().mask) return;
-  const double share = pass_share_s_ + std::chrono::duration<double>(Clock::now() - start).count();
-  const auto n_guesses = static_cast<double>(slot.draft.size()), n_right = static_cast<double>(slot.n_used);
-  budget_.earn(1 + slot.n_used);
-  if (slot.draft.empty()) {
-    constexpr double kNewest = 0.1;  // its weight in the mean
-    plain_share_s_ = n_in_pass_ == n_in_plain_pass_ ? plain_share_s_ + kNewest * (share - plain_share_s_) : share;
-    n_in_plain_pass_ = n_in_pass_;
-  } else if (n_in_pass_ == n_in_plain_pass_) {  // else nothing is known to compare it with
-    budget_.add(n_right - std::clamp(share / plain_share_s_ - 1.0, 0.0, 2.0 * n_guesses));
   }
 }
 
@@ -332,7 +317,7 @@ std::vector<Scheduler::Slot*> Scheduler::plan() {
   }
   if (long_ones.empty()) {
     const size_t each = std::min(engine_.max_draft() + 1, max_batch) / std::max<size_t>(slots.size(), 1);
-    const bool may_guess = guesses_ == Guesses::kAlways || (budget_.allows() && n_in_plain_pass_ == slots.size());
+    const bool may_guess = guesses_ == Guesses::kAlways || budget_.allows(slots.size());
     for (Slot* slot : slots)
       if (each > 1 && !slot->sequence->in_prompt()) slot->draft = slot->sequence->propose(each - 1, may_guess);
     return slots;
@@ -373,7 +358,7 @@ void Scheduler::compute(const std::vector<Slot*>& slots, const std::function<voi
   if (!engine_.transformer.forward(batch, abandoned)) return;
   pass_timed_ = std::all_of(slots.begin(), slots.end(), [](const Slot* slot) { return slot->n_next == 1; });
   n_in_pass_ = slots.size();
-  pass_share_s_ = std::chrono::duration<double>(Clock::now() - start).count() / static_cast<double>(n_in_pass_);
+  pass_share_s_ = seconds_since(start) / static_cast<double>(n_in_pass_);
   size_t n_outputs = 0;
   for (Slot* slot : slots) {
     const std::span<const TokenId> computed = slot->sequence->history().subspan(slot->tokens.size(), slot->n_next);

@@ -80,7 +80,6 @@ class Scheduler {
   CacheFileUse restore_prompt(Slot& slot, const Completion& completion);
   bool save_prompt(const Slot& slot);
   void draw(Slot& slot);
-  void weigh(const Slot& slot, Clock::time_point start);
   void draw_one(Sequence& sequence, size_t which);
   void tell_prompt(Slot& slot, size_t first_output, const std::function<bool()>& abandoned);
   std::vector<Slot*> plan();
@@ -97,12 +96,12 @@ class Scheduler {
   uint64_t n_steps_ = 0;
   std::vector<float> logits_;  // (n_vocab)
 
-  // What a pass takes for each of its slots, and took when nothing was guessed.
+  // What the last pass took for each of its slots.
   const Guesses guesses_;
   GuessBudget budget_;
   bool pass_timed_ = false;  // the last one, which was not for prompts
-  double pass_share_s_ = 0.0, plain_share_s_ = 0.0;
-  size_t n_in_pass_ = 0, n_in_plain_pass_ = 0;
+  double pass_share_s_ = 0.0;
+  size_t n_in_pass_ = 0;
 };
 
 // One request from its beginning to its end, when nothing else is asked for. Throws what it ends with.

@@ -21,6 +21,10 @@ namespace bitnet {
 
 using Clock = std::chrono::steady_clock;
 
+inline double seconds_since(Clock::time_point start) {
+  return std::chrono::duration<double>(Clock::now() - start).count();
+}
+
 // What is asked for: one prompt, continued n times.
 struct Completion {
   std::vector<TokenId> prompt;

@@ -32,17 +32,18 @@ TEST_CASE("right guesses make longer ones, wrong guesses shorter ones") {
 
 TEST_CASE("guesses stop when they have cost a fiftieth of the time, and go on where they pay") {
   GuessBudget budget;
+  CHECK(!budget.allows(1));  // nothing is known yet to compare it with
+  budget.weigh(1.0, 1, 0, 0);
+  CHECK(!budget.allows(2));
   size_t n_guesses = 0;
   for (size_t i = 0; i < 10000; i++) {  // wrong ones that take as long as a token
-    if (budget.allows()) {
-      n_guesses++;
-      budget.add(-1.0);
-    }
-    budget.earn(1);
+    const bool guess = budget.allows(1);
+    n_guesses += guess;
+    budget.weigh(guess ? 2.0 : 1.0, 1, guess, 0);
   }
   CHECK(n_guesses > 150);
   CHECK(n_guesses < 250);
-  for (size_t i = 0; i < 100; i++) budget.add(2.5);
-  for (n_guesses = 0; budget.allows(); n_guesses++) budget.add(-1.0);  // what was gained long ago counts little
-  CHECK(n_guesses <= 5);
+  for (size_t i = 0; i < 100; i++) budget.weigh(1.5, 1, 3, 3);
+  for (n_guesses = 0; budget.allows(1); n_guesses++) budget.weigh(2.0, 1, 1, 0);
+  CHECK(n_guesses <= 5);  // what was gained long ago counts little
 }
