@@ -356,7 +356,7 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& th
   const auto partial = [&](size_t t, size_t kv_head, size_t chunk) {
     return attention_at(partial_attention_, (t * n_kv_heads + kv_head) * most + chunk);
   };
-  pool_.for_each(n_chunks * n_kv_heads, [&](size_t piece, size_t thread) {
+  const auto attend_piece = [&](size_t piece, size_t thread) {
     size_t chunk = piece / n_kv_heads;
     const size_t kv_head = piece % n_kv_heads;
     const TokenGroup* g = groups_.data();
@@ -366,15 +366,15 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& th
       const size_t t = g->first_token + i;
       attend_chunk(batch[t], t, layer, kv_head, chunk, scores, partial(t, kv_head, chunk));
     }
-  });
-  const auto put_together = [&](size_t piece, size_t) {
+  };
+  pool_.for_each(n_chunks * n_kv_heads, attend_piece, then);
+  pool_.for_each(n_ * n_kv_heads, [&](size_t piece, size_t) {
     const size_t t = piece / n_kv_heads, kv_head = piece % n_kv_heads;
     const Attention sum = partial(t, kv_head, 0);
     for (size_t chunk = 1; chunk * kChunkPositions <= batch[t].position; chunk++)
       kernels_.add_attention(sum, partial(t, kv_head, chunk), group, head_dim);
     divide(sum, t, kv_head);
-  };
-  pool_.for_each(n_ * n_kv_heads, put_together, then);
+  });
 }
 
 void Transformer::add_to_residual() {
