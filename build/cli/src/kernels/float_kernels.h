@@ -29,10 +29,15 @@ void rms_norm(const float* x, const float* weight, float epsilon, size_t n, floa
   for (size_t i = 0; i < n; i += kLanes) store(out + i, mul(mul(load(x + i), scale), load(weight + i)));
 }
 
-float quantize(const float* x, size_t n, int8_t* out, int32_t* total) {
+// max |x|
+inline float largest_of(const float* x, size_t n) {
   F32x16 largest = zero();
   for (size_t i = 0; i < n; i += kLanes) largest = max(abs(load(x + i)), largest);
-  const float amplitude = maximum(largest);
+  return maximum(largest);
+}
+
+float quantize(const float* x, size_t n, int8_t* out, int32_t* total) {
+  const float amplitude = largest_of(x, n);
   const float s = static_cast<float>(127.0 / static_cast<double>(amplitude > 1e-5f ? amplitude : 1e-5f));
   const F32x16 scale = set1(s);
   for (size_t i = 0; i < n; i += kLanes) store_int8(out + i, mul(load(x + i), scale));
@@ -84,9 +89,7 @@ struct Int8Scale {
   float forth, back;
 };
 inline Int8Scale int8_scale(const float* x, size_t n) {
-  F32x16 largest = zero();
-  for (size_t i = 0; i < n; i += kLanes) largest = max(abs(load(x + i)), largest);
-  const float amplitude = maximum(largest);
+  const float amplitude = largest_of(x, n);
   return amplitude > 0.0f ? Int8Scale{127.0f / amplitude, amplitude / 127.0f} : Int8Scale{0.0f, 0.0f};
 }
 
@@ -228,9 +231,7 @@ inline void attend_heads(const float* q, const AttentionChunk& chunk, float* sco
 
 // out[i] ≈ x[i] · levels / max |x|; returned is what makes x of out.
 inline float quantize_words(const float* x, size_t n, float levels, int16_t* out) {
-  F32x16 largest = zero();
-  for (size_t i = 0; i < n; i += kLanes) largest = max(abs(load(x + i)), largest);
-  const float amplitude = maximum(largest);
+  const float amplitude = largest_of(x, n);
   const F32x16 forth = set1(amplitude > 0.0f ? levels / amplitude : 0.0f);
   for (size_t i = 0; i < n; i += kLanes) store_int16(out + i, mul(load(x + i), forth));
   return amplitude / levels;
