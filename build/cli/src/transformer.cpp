@@ -13,7 +13,7 @@ namespace {
 
 constexpr size_t kRowsPerPiece = 128;             // for one thread at a time: 82 kB of codes at 2,560 columns
 constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for before it waits for the others
-constexpr size_t kMostTiles = 8;                  // of tokens that look-up does with the same rows: 256 or 128 tokens
+constexpr size_t kMostTiles = 16;                 // of tokens that look-up does with the same rows: 512 or 256 tokens
 constexpr size_t kLeastLutRows = 512;             // fewer would be slow, since tables are made for all of them
 constexpr size_t kPiecesPerThread = 4;            // of look-up, so that no thread waits long for another
 constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
@@ -35,10 +35,10 @@ size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
   return kernels.lut_lanes == 0 ? 0 : round_up(max_batch, kernels.lut_lanes);
 }
 
-// Floats that a thread's attention needs: a group's, what is added to it, and its scores.
-size_t attention_floats(const Config& c) {
-  return c.group() * ((kTokensPerGroup + 1) * (c.head_dim + 2) + kChunkPositions);
-}
+// Floats of an attention.
+size_t attention_floats(size_t n_queries, size_t head_dim) { return n_queries * (head_dim + 2); }
+
+Attention attention_at(float* p, size_t n_queries) { return {p, p + n_queries, p + 2 * n_queries}; }
 
 }  // namespace
 
@@ -66,17 +66,22 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
       sines_(max_batch * config_.head_dim / 2),
       codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
-      attention_scratch_(pool.size(), std::vector<float>(attention_floats(config_))) {
+      attention_scratch_(pool.size()) {
+  const size_t n_queries = kTokensPerGroup * config_.group(), floats = attention_floats(n_queries, config_.head_dim);
+  for (AttentionScratch& s : attention_scratch_)
+    s = {std::vector<float>(n_queries * config_.head_dim), std::vector<float>(n_queries * kChunkPositions),
+         std::vector<float>(floats), std::vector<float>(floats)};
   for (size_t i = 0; i < pool.size(); i++) lut_scratch_.emplace_back(kernels.lut_lanes, widest(config_));
 }
 
 size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
   const size_t per_token =
       6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
-  const size_t partial = kFewAttending * ceil_div(max_context, kChunkPositions) * c.n_heads * (c.head_dim + 2);
+  const size_t partial =
+      ceil_div(max_context, kChunkPositions) * attention_floats(kFewAttending * c.n_heads, c.head_dim);
+  const size_t scratch = kTokensPerGroup * c.group() * (3 * c.head_dim + 4 + kChunkPositions);
   return max_batch * per_token + 4 * partial +
-         n_threads *
-             (4 * (max_batch * kRowsPerPiece + attention_floats(c)) + LutScratch::bytes(kMaxLutLanes, widest(c)));
+         n_threads * (4 * (max_batch * kRowsPerPiece + scratch) + LutScratch::bytes(kMaxLutLanes, widest(c)));
 }
 
 // Section 3 of the model's description, block after block.
@@ -295,84 +300,83 @@ void Transformer::rotate_and_store(std::span<const BatchToken> batch, size_t lay
 void Transformer::group_tokens(std::span<const BatchToken> batch) {
   groups_.clear();
   for (size_t t = 0; t < n_; t++) {
-    if (groups_.empty() || groups_.back().n_tokens == kTokensPerGroup || groups_.back().cache != batch[t].cache)
-      groups_.push_back({batch[t].cache, t, 0, 0});
+    const BatchToken& token = batch[t];
+    if (groups_.empty() || groups_.back().n_tokens == kTokensPerGroup || groups_.back().cache != token.cache ||
+        groups_.back().first_position + groups_.back().n_tokens != token.position ||
+        token.position % kChunkPositions == 0)
+      groups_.push_back({token.cache, t, 0, token.position});
     groups_.back().n_tokens++;
-    groups_.back().n_chunks = batch[t].position / kChunkPositions + 1;
   }
 }
 
-// What one token's query heads of a kv head take from a chunk; false when it is after the token.
-bool Transformer::attend_chunk(const BatchToken& token, size_t t, size_t layer, size_t kv_head, size_t chunk,
-                               float* scores, const Attention& out) const {
-  const size_t n_positions = token.position + 1, first = chunk * kChunkPositions;
-  if (first >= n_positions) return false;
-  kernels_.attend(&q_[t * config_.q_dim() + kv_head * config_.group() * config_.head_dim], config_.group(),
-                  token.cache->chunk(chunk, layer, kv_head, std::min(kChunkPositions, n_positions - first)), scores,
-                  out);
-  return true;
+// A group's queries of a kv head, one after another.
+AttentionQueries Transformer::queries_of(const TokenGroup& group, size_t kv_head, std::vector<float>& memory) const {
+  const size_t n = config_.group() * config_.head_dim;
+  const float* of_first = &q_[group.first_token * config_.q_dim() + kv_head * n];
+  if (group.n_tokens == 1) return {of_first, 1, config_.group()};
+  for (size_t i = 0; i < group.n_tokens; i++) std::copy_n(of_first + i * config_.q_dim(), n, &memory[i * n]);
+  return {memory.data(), group.n_tokens, config_.group()};
 }
 
-// The attention of token t's query heads of a kv head out of `memory`, which has room for (token, kv head) pairs.
-Attention Transformer::attention_at(std::vector<float>& memory, size_t index) const {
-  const size_t group = config_.group();
-  float* p = &memory[index * group * (config_.head_dim + 2)];
-  return {p, p + group, p + 2 * group};
+void Transformer::attend_chunk(const TokenGroup& group, size_t layer, size_t kv_head, size_t chunk,
+                               const AttentionQueries& queries, std::vector<float>& scores,
+                               const Attention& out) const {
+  const size_t n_positions = std::min(kChunkPositions, group.first_position + 1 - chunk * kChunkPositions);
+  kernels_.attend(queries, group.cache->chunk(chunk, layer, kv_head, n_positions), scores.data(), out);
 }
 
 template <class F>
 void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& then) {
-  const size_t group = config_.group(), head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
+  const size_t n_heads = config_.group(), head_dim = config_.head_dim, n_kv_heads = config_.n_kv_heads;
+  // sum: of the query heads of a kv head, of one token
   const auto divide = [&](const Attention& sum, size_t t, size_t kv_head) {
-    kernels_.divide_attention(sum, group, head_dim, &attention_[t * config_.q_dim() + kv_head * group * head_dim]);
+    kernels_.divide_attention(sum, n_heads, head_dim, &attention_[t * config_.q_dim() + kv_head * n_heads * head_dim]);
   };
-  size_t n_chunks = 0;  // of all groups
-  for (const TokenGroup& g : groups_) n_chunks += g.n_chunks;
-  if (n_ > kFewAttending || n_chunks == groups_.size()) {
+  size_t n_chunks = 0, most = 0;  // of all groups, of one
+  for (const TokenGroup& g : groups_) {
+    n_chunks += g.n_chunks();
+    most = std::max(most, g.n_chunks());
+  }
+  if (n_ > kFewAttending || most == 1) {
     // Enough work for all threads: each takes a group and a head through all chunks.
     const auto attend_group = [&](size_t piece, size_t thread) {
       const TokenGroup& g = groups_[piece % groups_.size()];
       const size_t kv_head = piece / groups_.size();
-      std::vector<float>& memory = attention_scratch_[thread];
-      const Attention next = attention_at(memory, kTokensPerGroup);
-      float* scores = next.sums + group * head_dim;
-      for (size_t chunk = 0; chunk < g.n_chunks; chunk++)
-        for (size_t i = 0; i < g.n_tokens; i++) {
-          const Attention sum = attention_at(memory, i);
-          const size_t t = g.first_token + i;
-          if (attend_chunk(batch[t], t, layer, kv_head, chunk, scores, chunk == 0 ? sum : next) && chunk > 0)
-            kernels_.add_attention(sum, next, group, head_dim);
-        }
-      for (size_t i = 0; i < g.n_tokens; i++) divide(attention_at(memory, i), g.first_token + i, kv_head);
+      AttentionScratch& scratch = attention_scratch_[thread];
+      const AttentionQueries queries = queries_of(g, kv_head, scratch.queries);
+      const Attention sum = attention_at(scratch.sum.data(), queries.n());
+      const Attention next = attention_at(scratch.next.data(), queries.n());
+      for (size_t chunk = 0; chunk < g.n_chunks(); chunk++) {
+        attend_chunk(g, layer, kv_head, chunk, queries, scratch.scores, chunk == 0 ? sum : next);
+        if (chunk > 0) kernels_.add_attention(sum, next, queries.n(), head_dim);
+      }
+      for (size_t i = 0; i < g.n_tokens; i++) divide(sum.from(i * n_heads, head_dim), g.first_token + i, kv_head);
     };
     pool_.for_each(groups_.size() * n_kv_heads, attend_group, then);
     return;
   }
   // A few tokens that look back far: chunks are divided among the threads, in the order in which they lie in memory,
   // and put together afterwards.
-  size_t most = 0;
-  for (const TokenGroup& g : groups_) most = std::max(most, g.n_chunks);
-  partial_attention_.resize(n_ * n_kv_heads * most * group * (head_dim + 2));
+  const size_t n_queries = n_ * n_heads, floats = attention_floats(n_queries, head_dim);
+  partial_attention_.resize(n_kv_heads * most * floats);
   const auto partial = [&](size_t t, size_t kv_head, size_t chunk) {
-    return attention_at(partial_attention_, (t * n_kv_heads + kv_head) * most + chunk);
+    return attention_at(&partial_attention_[(kv_head * most + chunk) * floats], n_queries).from(t * n_heads, head_dim);
   };
   const auto attend_piece = [&](size_t piece, size_t thread) {
     size_t chunk = piece / n_kv_heads;
     const size_t kv_head = piece % n_kv_heads;
     const TokenGroup* g = groups_.data();
-    for (; chunk >= g->n_chunks; g++) chunk -= g->n_chunks;
-    float* scores = attention_at(attention_scratch_[thread], kTokensPerGroup).sums + group * head_dim;
-    for (size_t i = 0; i < g->n_tokens; i++) {
-      const size_t t = g->first_token + i;
-      attend_chunk(batch[t], t, layer, kv_head, chunk, scores, partial(t, kv_head, chunk));
-    }
+    for (; chunk >= g->n_chunks(); g++) chunk -= g->n_chunks();
+    AttentionScratch& scratch = attention_scratch_[thread];
+    attend_chunk(*g, layer, kv_head, chunk, queries_of(*g, kv_head, scratch.queries), scratch.scores,
+                 partial(g->first_token, kv_head, chunk));
   };
   pool_.for_each(n_chunks * n_kv_heads, attend_piece, then);
   pool_.for_each(n_ * n_kv_heads, [&](size_t piece, size_t) {
     const size_t t = piece / n_kv_heads, kv_head = piece % n_kv_heads;
     const Attention sum = partial(t, kv_head, 0);
     for (size_t chunk = 1; chunk * kChunkPositions <= batch[t].position; chunk++)
-      kernels_.add_attention(sum, partial(t, kv_head, chunk), group, head_dim);
+      kernels_.add_attention(sum, partial(t, kv_head, chunk), n_heads, head_dim);
     divide(sum, t, kv_head);
   });
 }

@@ -58,11 +58,17 @@ class Transformer {
     std::array<Region, 3> regions;
   };
 
-  // Tokens of one sequence, one after another.
+  // Tokens of one sequence, one after another, within a chunk of positions.
   struct TokenGroup {
     const KvCache* cache;
     size_t first_token, n_tokens;
-    size_t n_chunks;  // that the last of them looks back on
+    size_t first_position;
+
+    size_t n_chunks() const { return first_position / kChunkPositions + 1; }  // that they look back on
+  };
+  // A thread's working memory of attention, for a group of tokens and a kv head.
+  struct AttentionScratch {
+    std::vector<float> queries, scores, sum, next;
   };
 
   // What one thread does at a time: some rows of a projection for some tokens.
@@ -88,9 +94,9 @@ class Transformer {
   template <class F>
   void attend(std::span<const BatchToken> batch, size_t layer, F&& then);
   void group_tokens(std::span<const BatchToken> batch);
-  bool attend_chunk(const BatchToken& token, size_t t, size_t layer, size_t kv_head, size_t chunk, float* scores,
-                    const Attention& out) const;
-  Attention attention_at(std::vector<float>& memory, size_t index) const;
+  AttentionQueries queries_of(const TokenGroup& group, size_t kv_head, std::vector<float>& memory) const;
+  void attend_chunk(const TokenGroup& group, size_t layer, size_t kv_head, size_t chunk,
+                    const AttentionQueries& queries, std::vector<float>& scores, const Attention& out) const;
   void add_to_residual();
   void norm_outputs(std::span<const BatchToken> batch);
   template <class F>
@@ -118,12 +124,12 @@ class Transformer {
   OutputLayer output_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
-  std::vector<LutScratch> lut_scratch_;                // a thread each
-  std::vector<std::vector<uint8_t>> codes_;            // a thread each: (kExpandedRows, widest / 4)
-  std::vector<std::vector<int32_t>> sums_;             // a thread each: (max_batch, kRowsPerPiece)
-  std::vector<TokenGroup> groups_;                     // of the current batch
-  std::vector<std::vector<float>> attention_scratch_;  // a thread each
-  std::vector<float> partial_attention_;               // (n_tokens, n_kv_heads, chunks) attentions
+  std::vector<LutScratch> lut_scratch_;              // a thread each
+  std::vector<std::vector<uint8_t>> codes_;          // a thread each: (kExpandedRows, widest / 4)
+  std::vector<std::vector<int32_t>> sums_;           // a thread each: (max_batch, kRowsPerPiece)
+  std::vector<TokenGroup> groups_;                   // of the current batch
+  std::vector<AttentionScratch> attention_scratch_;  // a thread each
+  std::vector<float> partial_attention_;             // (n_kv_heads, chunks) attentions of all tokens
 };
 
 }  // namespace bitnet

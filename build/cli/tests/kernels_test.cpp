@@ -274,7 +274,7 @@ TEST_CASE("attention: textbook values, the same bits everywhere, whatever heads 
               const std::byte* keys = &cache[c * 2 * part];
               const AttentionChunk chunk{keys, keys + part, type, std::min(kChunkPositions, n - c * kChunkPositions),
                                          head_dim};
-              k.attend(&q[h * head_dim], heads, chunk, scores.data(), attention(c == 0 ? a : b));
+              k.attend({&q[h * head_dim], 1, heads}, chunk, scores.data(), attention(c == 0 ? a : b));
               if (c > 0) k.add_attention(attention(a), attention(b), heads, head_dim);
             }
             k.divide_attention(attention(a), heads, head_dim, &out[h * head_dim]);
@@ -303,6 +303,39 @@ TEST_CASE("attention: textbook values, the same bits everywhere, whatever heads 
             run(*k, heads, got);
             CHECK(same_bits(got, expected));
           }
+      }
+}
+
+TEST_CASE("attention: tokens together take the same as each alone") {
+  Random random(7);
+  for (const CacheType type : kCacheTypes)
+    for (const size_t n_heads : {1, 3, 4})
+      for (const size_t first : {1, 13, 16, 249, 256}) {  // positions that the first token attends to
+        const size_t n_tokens = 7, n = n_tokens * n_heads, head_dim = 32, part = chunk_bytes(type, head_dim);
+        const std::vector<float> q = random.floats(n * head_dim);
+        std::vector<std::byte> cache(2 * part + 4096);
+        for (size_t i = 0; i + 3 < cache.size(); i += 4) std::memcpy(&cache[i], "\xff\x7f\xff\x7f", 4);  // NaN
+        for (size_t j = 0; j < std::min(kChunkPositions, first + n_tokens - 1); j++) {
+          kScalarKernels.store_key(random.floats(head_dim).data(), cache.data(), type, j, head_dim);
+          kScalarKernels.store_value(random.floats(head_dim).data(), cache.data() + part, type, j, head_dim);
+        }
+        std::vector<float> scores(n * kChunkPositions), expected(n * (head_dim + 2)), got(expected.size());
+        const auto attention = [&](std::vector<float>& v) {
+          return Attention{v.data(), v.data() + n, v.data() + 2 * n};
+        };
+        for (size_t t = 0; t < n_tokens; t++) {
+          const size_t n_positions = std::min(kChunkPositions, first + t);
+          kScalarKernels.attend({&q[t * n_heads * head_dim], 1, n_heads},
+                                {cache.data(), cache.data() + part, type, n_positions, head_dim}, scores.data(),
+                                attention(expected).from(t * n_heads, head_dim));
+        }
+        for (const Isa isa : kIsas) {
+          if (!supported(isa)) continue;
+          kernels_for(isa).attend({q.data(), n_tokens, n_heads},
+                                  {cache.data(), cache.data() + part, type, first, head_dim}, scores.data(),
+                                  attention(got));
+          CHECK(same_bits(got, expected));
+        }
       }
 }
 

@@ -18,8 +18,8 @@ namespace avx2 {
 #include "lanes_avx2.h"
 
 // Of attention: how much the registers hold.
-constexpr int kWeighVectors = 1;
-constexpr int kInt8Heads = 2, kInt8Vectors = 1;
+constexpr int kScoreQueries = 4, kWeighQueries = 4, kWeighVectors = 1;
+constexpr int kInt8Queries = 2, kInt8Vectors = 1;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -19,8 +19,8 @@ namespace avx512 {
 #include "lanes_avx512.h"
 
 // Of attention: how much the registers hold.
-constexpr int kWeighVectors = 4;
-constexpr int kInt8Heads = 4, kInt8Vectors = 4;
+constexpr int kScoreQueries = 8, kWeighQueries = 4, kWeighVectors = 4;
+constexpr int kInt8Queries = 4, kInt8Vectors = 4;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -87,7 +87,10 @@ inline __m512i row_by_token(const uint8_t* row, size_t halves, const int8_t* lai
   const __m512i table_low = load512(kTables.codes), table_high = load512(kTables.codes + 64);
   const __m512i once = _mm512_set1_epi8(81), twice = _mm512_set1_epi8(static_cast<char>(162));
   __m512i acc[5];
-  for (__m512i& a : acc) a = _mm512_setzero_si512();
+  for (__m512i& a : acc) {
+    a = _mm512_setzero_si512();
+    __asm__("" : "+v"(a));  // or GCC would move every sum to another register and back in each step
+  }
   for (size_t half = 0; half < halves; half++, row += 64, laid += 5 * 64) {
     _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchBytes), _MM_HINT_T0);
     const __m512i v = load512(row);

@@ -144,8 +144,8 @@ inline void fetch_cache(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kCacheAhead<T>, 0, 3);
 }
 
-// scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H heads and a block of positions: one block
-// after another is one stream, which memory gives faster than two.
+// scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H queries and a block of positions: one
+// block after another is one stream, which memory gives faster than two.
 template <class T, int H>
 inline void score(const float* q, size_t head_dim, const T* keys, float factor, float* scores) {
   constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
@@ -160,8 +160,9 @@ inline void score(const float* q, size_t head_dim, const T* keys, float factor, 
   for (int h = 0; h < H; h++) store(scores + static_cast<size_t>(h) * kChunkPositions, mul(acc[h], set1(factor)));
 }
 
-// Scores → e^(score − largest), in place, 0 past n, times `scales` where there are some; returns the sum without them.
-inline float softmax(float* scores, size_t n, const float* scales, float* largest) {
+// Scores → e^(score − largest), in place, 0 from n to `end`, a multiple of kLanes, times `scales` where there are some;
+// returns the sum without them.
+inline float softmax(float* scores, size_t n, size_t end, const float* scales, float* largest) {
   const size_t whole = n / kLanes * kLanes;
   const float lowest = -__builtin_inff();
   F32x16 top = set1(lowest);
@@ -179,10 +180,11 @@ inline float softmax(float* scores, size_t n, const float* scales, float* larges
     }
     store(scores + i, e);
   }
+  for (size_t i = (n + kLanes - 1) / kLanes * kLanes; i < end; i += kLanes) store(scores + i, zero());
   return sum(total);
 }
 
-// Adds weight · v of the positions first … last − 1 to out, for H heads and D vectors of dimensions.
+// Adds weight · v of the positions first … last − 1 to out, for H queries and D vectors of dimensions.
 template <class T, int H, int D>
 inline void weigh(const float* weights, const T* values, size_t first, size_t last, size_t head_dim, float* out) {
   F32x16 acc[H][D];
@@ -206,24 +208,49 @@ inline void weigh(const float* weights, const T* values, size_t first, size_t la
       store(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes, acc[h][d]);
 }
 
-template <class T, int H>
-inline void attend_heads(const float* q, const AttentionChunk& chunk, float* scores, const Attention& out) {
-  const size_t dim = chunk.head_dim, n = chunk.n_positions;
+// f<H>(first) for one run of H numbers below n after another: of kMost of them, and what is left of half as many, …, 1.
+template <int kMost, class F>
+inline void in_runs(size_t n, const F& f, size_t first = 0) {
+  for (; first + kMost <= n; first += kMost) f.template operator()<kMost>(first);
+  if constexpr (kMost > 1) in_runs<kMost / 2>(n, f, first);
+}
+
+// How many positions of the chunk a query attends to.
+inline size_t positions_of(const AttentionChunk& chunk, const AttentionQueries& queries, size_t query) {
+  const size_t n = chunk.n_positions + query / queries.n_heads;
+  return n < kChunkPositions ? n : kChunkPositions;
+}
+
+// All queries go through a block of keys, and through some values, while these are in the L1 cache.
+template <class T>
+inline void attend_floats(const AttentionQueries& queries, const AttentionChunk& chunk, float* scores,
+                          const Attention& out) {
+  const size_t dim = chunk.head_dim, n_queries = queries.n(), n = positions_of(chunk, queries, n_queries - 1);
   const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, block = dim * kPositionsPerBlock;
   const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
   const T* keys = reinterpret_cast<const T*>(chunk.keys);
   const T* values = reinterpret_cast<const T*>(chunk.values);
-  for (size_t b = 0; b < n_blocks; b++) score<T, H>(q, dim, keys + b * block, factor, scores + b * kPositionsPerBlock);
-  for (size_t h = 0; h < H; h++) out.totals[h] = softmax(scores + h * kChunkPositions, n, nullptr, &out.largest[h]);
-  for (size_t i = 0; i < H * dim; i += kLanes) store(out.sums + i, zero());
-  constexpr size_t kAtOnce = 64;  // positions whose values stay in the L1 cache while all dimensions are done
-  for (size_t j = 0; j < n; j += kAtOnce) {
-    const size_t last = j + kAtOnce < n ? j + kAtOnce : n;
-    size_t d = 0;
-    for (; d + kWeighVectors * kLanes <= dim; d += kWeighVectors * kLanes)
-      weigh<T, H, kWeighVectors>(scores, values + d, j, last, dim, out.sums + d);
-    for (; d < dim; d += kLanes) weigh<T, H, 1>(scores, values + d, j, last, dim, out.sums + d);
-  }
+  for (size_t b = 0; b < n_blocks; b++)
+    in_runs<kScoreQueries>(n_queries, [&]<int H>(size_t i) {
+      score<T, H>(queries.values + i * dim, dim, keys + b * block, factor,
+                  scores + i * kChunkPositions + b * kPositionsPerBlock);
+    });
+  for (size_t i = 0; i < n_queries; i++)
+    out.totals[i] = softmax(scores + i * kChunkPositions, positions_of(chunk, queries, i),
+                            n_blocks * kPositionsPerBlock, nullptr, &out.largest[i]);
+  for (size_t i = 0; i < n_queries * dim; i += kLanes) store(out.sums + i, zero());
+  constexpr size_t kAtOnce = 64;  // positions
+  for (size_t first = 0; first < n; first += kAtOnce)
+    in_runs<kWeighQueries>(n_queries, [&]<int H>(size_t i) {
+      const size_t n_of_run = positions_of(chunk, queries, i + H - 1);
+      const size_t last = first + kAtOnce < n_of_run ? first + kAtOnce : n_of_run;
+      const float* weights = scores + i * kChunkPositions;
+      float* sums = out.sums + i * dim;
+      size_t d = 0;
+      for (; d + kWeighVectors * kLanes <= dim; d += kWeighVectors * kLanes)
+        weigh<T, H, kWeighVectors>(weights, values + d, first, last, dim, sums + d);
+      for (; d < dim; d += kLanes) weigh<T, H, 1>(weights, values + d, first, last, dim, sums + d);
+    });
 }
 
 // int8 keys and values are multiplied as integers, by queries and by weights of 16 bits: no float sum is exact, and
@@ -237,7 +264,7 @@ inline float quantize_words(const float* x, size_t n, float levels, int16_t* out
   return amplitude / levels;
 }
 
-// The scores of H heads and a block of positions: Σ q · k, times the head's factor and the position's scale.
+// The scores of H queries and a block of positions: Σ q · k, times the query's factor and the position's scale.
 template <int H>
 inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, const float* factors, const float* scales,
                        float* scores) {
@@ -254,7 +281,7 @@ inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, co
           mul(mul(to_float(acc[h]), set1(factors[h])), load(scales)));
 }
 
-// out = Σ weight · v, times the head's factor, of n_pairs of positions, for H heads and D vectors of dimensions.
+// out = Σ weight · v, times the query's factor, of n_pairs of positions, for H queries and D vectors of dimensions.
 template <int H, int D>
 inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pairs, size_t head_dim,
                        const float* factors, float* out) {
@@ -279,11 +306,13 @@ inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pa
             mul(to_float(acc[h][d]), set1(factors[h])));
 }
 
+// Of the H queries from `first` on.
 template <int H>
-inline void attend_heads_int8(const float* q, const AttentionChunk& chunk, float* scores, const Attention& out) {
+inline void attend_int8(const AttentionQueries& all, size_t first, const AttentionChunk& chunk, float* scores,
+                        const Attention& out) {
   constexpr float kWordLevels = 32767.0f, kByteLevels = 127.0f, kSumLevels = 2147483520.0f;  // below 2³¹
   static_assert(kWordLevels * kByteLevels * static_cast<float>(kChunkPositions) < kSumLevels);
-  const size_t dim = chunk.head_dim, n = chunk.n_positions;
+  const size_t dim = chunk.head_dim, n = positions_of(chunk, all, first + H - 1);
   const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, block = dim * kPositionsPerBlock;
   const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
   const float most = __builtin_floorf(kSumLevels / (kByteLevels * static_cast<float>(dim)));
@@ -293,58 +322,41 @@ inline void attend_heads_int8(const float* q, const AttentionChunk& chunk, float
   alignas(64) int16_t queries[H * kMaxHeadDim], weights[H * kChunkPositions];
   float factors[H];
   for (size_t h = 0; h < H; h++)
-    factors[h] = quantize_words(q + h * dim, dim, most < kWordLevels ? most : kWordLevels, queries + h * dim) * factor;
+    factors[h] = factor * quantize_words(all.values + (first + h) * dim, dim, most < kWordLevels ? most : kWordLevels,
+                                         queries + h * dim);
+  scores += first * kChunkPositions;
   for (size_t b = 0; b < n_blocks; b++)
     score_int8<H>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock,
                   scores + b * kPositionsPerBlock);
   for (size_t h = 0; h < H; h++) {
-    float* of_head = scores + h * kChunkPositions;
-    out.totals[h] = softmax(of_head, n, scales_of(chunk.values, dim), &out.largest[h]);
-    factors[h] = quantize_words(of_head, n_blocks * kPositionsPerBlock, kWordLevels, weights + h * kChunkPositions);
+    float* of_query = scores + h * kChunkPositions;
+    const size_t end = n_blocks * kPositionsPerBlock;
+    out.totals[first + h] = softmax(of_query, positions_of(chunk, all, first + h), end, scales_of(chunk.values, dim),
+                                    &out.largest[first + h]);
+    factors[h] = quantize_words(of_query, end, kWordLevels, weights + h * kChunkPositions);
   }
   const size_t n_pairs = (n + 1) / 2;
+  float* sums = out.sums + first * dim;
   size_t d = 0;
   for (; d + kInt8Vectors * kLanes <= dim; d += kInt8Vectors * kLanes)
-    weigh_int8<H, kInt8Vectors>(weights, values + 2 * d, n_pairs, dim, factors, out.sums + d);
-  for (; d < dim; d += kLanes) weigh_int8<H, 1>(weights, values + 2 * d, n_pairs, dim, factors, out.sums + d);
+    weigh_int8<H, kInt8Vectors>(weights, values + 2 * d, n_pairs, dim, factors, sums + d);
+  for (; d < dim; d += kLanes) weigh_int8<H, 1>(weights, values + 2 * d, n_pairs, dim, factors, sums + d);
 }
 
-template <CacheType type, int H>
-inline void attend_some(const float* q, const AttentionChunk& chunk, float* scores, const Attention& out) {
-  if constexpr (type == CacheType::kI8)
-    attend_heads_int8<H>(q, chunk, scores, out);
-  else if constexpr (type == CacheType::kF16)
-    attend_heads<uint16_t, H>(q, chunk, scores, out);
-  else
-    attend_heads<float, H>(q, chunk, scores, out);
-}
-
-// Heads go in groups that the registers hold: four if they hold so many, two, one.
-template <CacheType type>
-inline void attend_all(const float* q, size_t n_heads, const AttentionChunk& chunk, float* scores,
-                       const Attention& out) {
-  const size_t dim = chunk.head_dim;
-  const auto from = [&](size_t h) { return Attention{out.largest + h, out.totals + h, out.sums + h * dim}; };
-  size_t h = 0;
-  if constexpr (type != CacheType::kI8 || kInt8Heads == 4)
-    for (; h + 4 <= n_heads; h += 4) attend_some<type, 4>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
-  for (; h + 2 <= n_heads; h += 2) attend_some<type, 2>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
-  for (; h < n_heads; h++) attend_some<type, 1>(q + h * dim, chunk, scores + h * kChunkPositions, from(h));
-}
-
-void attend(const float* queries, size_t n_heads, const AttentionChunk& chunk, float* scores, const Attention& out) {
+void attend(const AttentionQueries& queries, const AttentionChunk& chunk, float* scores, const Attention& out) {
   switch (chunk.type) {
     case CacheType::kF32:
-      return attend_all<CacheType::kF32>(queries, n_heads, chunk, scores, out);
+      return attend_floats<float>(queries, chunk, scores, out);
     case CacheType::kF16:
-      return attend_all<CacheType::kF16>(queries, n_heads, chunk, scores, out);
+      return attend_floats<uint16_t>(queries, chunk, scores, out);
     case CacheType::kI8:
-      return attend_all<CacheType::kI8>(queries, n_heads, chunk, scores, out);
+      return in_runs<kInt8Queries>(queries.n(),
+                                   [&]<int H>(size_t first) { attend_int8<H>(queries, first, chunk, scores, out); });
   }
 }
 
-void add_attention(const Attention& a, const Attention& b, size_t n_heads, size_t head_dim) {
-  for (size_t h = 0; h < n_heads; h++) {
+void add_attention(const Attention& a, const Attention& b, size_t n_queries, size_t head_dim) {
+  for (size_t h = 0; h < n_queries; h++) {
     const float largest = a.largest[h] > b.largest[h] ? a.largest[h] : b.largest[h];
     const F32x16 of_a = exp_negative(set1(a.largest[h] - largest)), of_b = exp_negative(set1(b.largest[h] - largest));
     float total[kLanes];
@@ -356,8 +368,8 @@ void add_attention(const Attention& a, const Attention& b, size_t n_heads, size_
   }
 }
 
-void divide_attention(const Attention& sum, size_t n_heads, size_t head_dim, float* out) {
-  for (size_t h = 0; h < n_heads; h++)
+void divide_attention(const Attention& sum, size_t n_queries, size_t head_dim, float* out) {
+  for (size_t h = 0; h < n_queries; h++)
     for (size_t d = h * head_dim; d < (h + 1) * head_dim; d += kLanes)
       store(out + d, div(load(sum.sums + d), set1(sum.totals[h])));
 }

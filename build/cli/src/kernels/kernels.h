@@ -105,15 +105,29 @@ struct AttentionChunk {
   const std::byte* keys;    // chunk_bytes(type, head_dim)
   const std::byte* values;  // chunk_bytes(type, head_dim)
   CacheType type;
-  size_t n_positions;  // how many are attended to; what follows is ignored
+  size_t
+      n_positions;  // how many the first token attends to, every other to one more, if there are; the rest is ignored
   size_t head_dim;
 };
 
-// What n_heads queries take from some positions, before the division by the total.
+// The queries that share a kv head, of tokens one after another.
+struct AttentionQueries {
+  const float* values;  // (n_tokens, n_heads, head_dim)
+  size_t n_tokens;
+  size_t n_heads;  // of a token
+
+  size_t n() const { return n_tokens * n_heads; }
+};
+
+// What queries take from some positions, before the division by the total.
 struct Attention {
-  float* largest;  // (n_heads): the largest score
-  float* totals;   // (n_heads): Σ e^(score − largest)
-  float* sums;     // (n_heads, head_dim): Σ e^(score − largest) · value
+  float* largest;  // (n_queries): the largest score
+  float* totals;   // (n_queries): Σ e^(score − largest)
+  float* sums;     // (n_queries, head_dim): Σ e^(score − largest) · value
+
+  Attention from(size_t query, size_t head_dim) const {
+    return {largest + query, totals + query, sums + query * head_dim};
+  }
 };
 
 struct Kernels {
@@ -171,14 +185,13 @@ struct Kernels {
   void (*store_key)(const float* key, std::byte* keys, CacheType type, size_t position, size_t head_dim);
   void (*store_value)(const float* value, std::byte* values, CacheType type, size_t position, size_t head_dim);
 
-  // softmax(q kᵀ / √head_dim) v for n_heads queries (n_heads, head_dim) that share one kv head, chunk by chunk: what
-  // they take from one; scores (n_heads, kChunkPositions) is working memory.
-  void (*attend)(const float* queries, size_t n_heads, const AttentionChunk& chunk, float* scores,
-                 const Attention& out);
+  // softmax(q kᵀ / √head_dim) v, chunk by chunk: what the queries take from one; scores (n_queries, kChunkPositions) is
+  // working memory.
+  void (*attend)(const AttentionQueries& queries, const AttentionChunk& chunk, float* scores, const Attention& out);
   // Adds what they take from the next chunk. Chunks are added in their order, wherever they were computed.
-  void (*add_attention)(const Attention& sum, const Attention& next, size_t n_heads, size_t head_dim);
-  // out (n_heads, head_dim) = sums / totals
-  void (*divide_attention)(const Attention& sum, size_t n_heads, size_t head_dim, float* out);
+  void (*add_attention)(const Attention& sum, const Attention& next, size_t n_queries, size_t head_dim);
+  // out (n_queries, head_dim) = sums / totals
+  void (*divide_attention)(const Attention& sum, size_t n_queries, size_t head_dim, float* out);
 
   // The row of w, standardised to u[i] = (weight[i] − means[i]) · inverse_scales[i], in planes of 2-bit codes, each
   // laid out as I2_S, (cols / 4): u[i] ≈ Σₚ steps[p] · (codes[p][i] − 1.5). work: (cols)

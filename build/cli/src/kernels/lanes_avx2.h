@@ -155,6 +155,13 @@ inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
   _mm256_store_si256(
       out + 1, _mm256_add_epi32(_mm256_load_si256(out + 1), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1))));
 }
-inline void load_words(const uint8_t* p, uint64_t (&words)[4]) {
-  for (size_t i = 0; i < 4; i++) __builtin_memcpy(&words[i], p + i * sizeof(uint64_t), sizeof(uint64_t));
+// f(number) for numbers of 64 bits.
+constexpr size_t kWordsAtOnce = 4;
+template <class F>
+inline void for_words(const uint8_t* p, const F& f) {
+  for (size_t i = 0; i < kWordsAtOnce; i++) {
+    uint64_t word;
+    __builtin_memcpy(&word, p + i * sizeof word, sizeof word);
+    f(word);
+  }
 }

@@ -11,8 +11,8 @@ namespace scalar {
 #include "lanes_scalar.h"
 
 // Of attention: how much the registers hold.
-constexpr int kWeighVectors = 1;
-constexpr int kInt8Heads = 4, kInt8Vectors = 1;
+constexpr int kScoreQueries = 4, kWeighQueries = 4, kWeighVectors = 1;
+constexpr int kInt8Queries = 4, kInt8Vectors = 1;
 #include "float_kernels.h"
 
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {

@@ -108,10 +108,8 @@ inline I16 add_groups(I16 sum, const int16_t* tables, uint64_t word) {
 // where there may be some already, where kLast.
 template <bool kFirst, bool kLast>
 inline void lut_step(const uint8_t* numbers, size_t rows, const int16_t* tables, int16_t* words, int32_t* sums) {
-  for (size_t r = 0; r < rows; r += 4, numbers += 4 * kLutGroups) {
-    uint64_t of_rows[4];
-    load_words(numbers, of_rows);
-    for (const uint64_t word : of_rows) {
+  for (size_t r = 0; r < rows; r += kWordsAtOnce, numbers += kWordsAtOnce * kLutGroups)
+    for_words(numbers, [&](uint64_t word) {
       const I16 sum = add_groups(kFirst ? zero16() : load16(words), tables, word);
       if (kLast)
         add_widened(sums, sum);
@@ -119,8 +117,7 @@ inline void lut_step(const uint8_t* numbers, size_t rows, const int16_t* tables,
         store16(words, sum);
       words += kLutLanes;
       sums += kLutLanes;
-    }
-  }
+    });
 }
 
 // sums[r · kLutLanes + t] = Σₖ x[k · kLutLanes + t] · weight[r][k] for rows ≤ kLutRows, a multiple of 4. Sixteen bits
@@ -141,6 +138,10 @@ inline void lut_sums(size_t rows, size_t cols, const int8_t* x, LutScratch& scra
       fill_table(columns + g * kLutLanes, scratch.tables + g * kLutEntries * kLutLanes);
     largest = add(largest, next);
     if (step + 1 < n_steps) next = largest_sums(x + first_column(step + 1) * kLutLanes);
+    if (step + 2 < n_steps)  // four short runs, which the processor does not foresee
+      for (size_t i = 0; i < 4; i++)
+        for (size_t b = 0; b < kLutGroups * kLutLanes; b += 64)
+          prefetch(x + (first_column(step + 2) + i * 32) * kLutLanes + b);
     const bool last = step + 1 == n_steps || any_negative(add(largest, next));
     const auto run = first ? (last ? lut_step<true, true> : lut_step<true, false>)
                            : (last ? lut_step<false, true> : lut_step<false, false>);
