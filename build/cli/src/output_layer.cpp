@@ -180,7 +180,8 @@ std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::
   for (size_t piece = 0; piece < n_pieces; piece++) {
     if (peaks[piece] < least) continue;
     for (size_t r = piece * kRowsPerPiece; r < std::min((piece + 1) * kRowsPerPiece, rows); r++)
-      if (estimated[r] >= best.least() && is_allowed(allowed, r)) best.offer({estimated[r], static_cast<int32_t>(r)});
+      if (estimated[r] >= std::max(best.least(), least) && is_allowed(allowed, r))
+        best.offer({estimated[r], static_cast<int32_t>(r)});
   }
   return best.take();
 }
@@ -264,11 +265,15 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
     // Those that are left, plane after plane. NaN, of wrong weights, stays: it is not known to be small.
     Scratch& scratch = scratch_[thread];
     Estimates& left = scratch.left;
+    const size_t begin = piece * kEstimatesPerPiece;
+    const size_t n = kernels_.find_not_below(most + begin, std::min(kEstimatesPerPiece, rows - begin), least,
+                                             left.rows.data());
     left.n = 0;
-    for (size_t r = piece * kEstimatesPerPiece; r < std::min((piece + 1) * kEstimatesPerPiece, rows); r++) {
-      left.rows[left.n] = static_cast<uint32_t>(r);
-      left.values[left.n] = estimated[r];
-      left.n += !(most[r] < least) && is_allowed(allowed, r);
+    for (size_t i = 0; i < n; i++) {
+      const size_t row = begin + left.rows[i];
+      if (!is_allowed(allowed, row)) continue;
+      left.rows[left.n] = static_cast<uint32_t>(row);
+      left.values[left.n++] = estimated[row];
     }
     for (size_t p = 1; p < kSketchPlanes; p++) {
       refine(place, p, left, scratch);

@@ -339,6 +339,23 @@ TEST_CASE("attention: tokens together take the same as each alone") {
       }
 }
 
+TEST_CASE("find_not_below: in order, NaN among them") {
+  Random random(8);
+  for (const size_t n : {0, 1, 16, 33, 100}) {
+    std::vector<float> x = random.floats(n);
+    for (size_t i = 0; i < n; i += 7) x[i] = i % 2 == 0 ? 0.25f : std::nanf("");
+    std::vector<uint32_t> expected, got(n);
+    for (size_t i = 0; i < n; i++)
+      if (!(x[i] < 0.25f)) expected.push_back(static_cast<uint32_t>(i));
+    for (const Isa isa : kIsas) {
+      if (!supported(isa)) continue;
+      got.resize(n);
+      got.resize(kernels_for(isa).find_not_below(x.data(), n, 0.25f, got.data()));
+      CHECK(got == expected);
+    }
+  }
+}
+
 TEST_CASE("dot_rows: every type of row, the same bits everywhere, for any number of tokens") {
   Random random(5);
   for (const RowType type : {RowType::kF32, RowType::kF16, RowType::kBF16, RowType::kQ8_0, RowType::kQ6_K}) {

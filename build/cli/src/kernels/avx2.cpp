@@ -172,6 +172,7 @@ const Kernels kAvx2Kernels = {
     .add_attention = avx2::add_attention,
     .divide_attention = avx2::divide_attention,
     .sketch_row = avx2::sketch_row,
+    .find_not_below = avx2::find_not_below,
     .dot_rows = avx2::dot_rows,
 };
 

@@ -179,6 +179,7 @@ constexpr Kernels kTable = {
     .add_attention = avx512::add_attention,
     .divide_attention = avx512::divide_attention,
     .sketch_row = avx512::sketch_row,
+    .find_not_below = avx512::find_not_below,
     .dot_rows = avx512::dot_rows,
 };
 

@@ -413,6 +413,16 @@ inline void load_weights(const uint8_t* row, size_t i, F32x16 (&out)[kLoaded<typ
   if constexpr (type == RowType::kQ6_K) load_q6_k(row + i / 256 * 210, out);
 }
 
+size_t find_not_below(const float* x, size_t n, float least, uint32_t* out) {
+  size_t n_found = 0, i = 0;
+  for (; i + kLanes <= n; i += kLanes)
+    for (uint32_t mask = not_below(load(x + i), set1(least)); mask != 0; mask &= mask - 1)
+      out[n_found++] = static_cast<uint32_t>(i) + static_cast<uint32_t>(std::countr_zero(mask));
+  for (; i < n; i++)
+    if (!(x[i] < least)) out[n_found++] = static_cast<uint32_t>(i);
+  return n_found;
+}
+
 template <RowType type, int R>
 inline void dot_group(const FloatRows& w, size_t first, const float* x, float* out) {
   constexpr size_t kStep = kLoaded<type> * kLanes, kStepBytes = row_bytes(type, kStep), kLine = 64;

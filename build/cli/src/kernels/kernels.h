@@ -198,6 +198,9 @@ struct Kernels {
   RowSketch (*sketch_row)(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
                           uint8_t* const codes[kSketchPlanes]);
 
+  // The indices of those x that are not below `least`, NaN among them, in their order → out (n); returned is how many.
+  size_t (*find_not_below)(const float* x, size_t n, float least, uint32_t* out);
+
   // out[t · out_stride + r] = Σᵢ w.rows[r][i] · x[t · cols + i], with the weights as decode_row gives them.
   void (*dot_rows)(const FloatRows& w, const float* x, size_t n_tokens, float* out, size_t out_stride);
 };

@@ -76,6 +76,11 @@ inline __m256 exp2_integral8(__m256 n) {
   return _mm256_castsi256_ps(_mm256_slli_epi32(biased, 23));
 }
 inline F32x16 exp2_integral(F32x16 n) { return {exp2_integral8(n.lo), exp2_integral8(n.hi)}; }
+inline uint32_t not_below(F32x16 a, F32x16 b) {  // a bit for each lane
+  const int lo = _mm256_movemask_ps(_mm256_cmp_ps(a.lo, b.lo, _CMP_NLT_UQ));
+  const int hi = _mm256_movemask_ps(_mm256_cmp_ps(a.hi, b.hi, _CMP_NLT_UQ));
+  return static_cast<uint32_t>(lo | hi << 8);
+}
 inline F32x16 keep_first(F32x16 a, size_t count, float fill) {
   const __m256i n = _mm256_set1_epi32(static_cast<int>(count));
   const __m256i lo = _mm256_cmpgt_epi32(n, _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));

@@ -46,6 +46,7 @@ inline F32x16 exp2_integral(F32x16 n) {
   const __m512i biased = _mm512_add_epi32(_mm512_cvtps_epi32(n), _mm512_set1_epi32(127));
   return _mm512_castsi512_ps(_mm512_slli_epi32(biased, 23));
 }
+inline uint32_t not_below(F32x16 a, F32x16 b) { return _mm512_cmp_ps_mask(a, b, _CMP_NLT_UQ); }  // a bit for each lane
 inline F32x16 keep_first(F32x16 a, size_t count, float fill) {
   const __mmask16 mask = static_cast<__mmask16>(count >= 16 ? 0xffffu : (1u << count) - 1u);
   return _mm512_mask_blend_ps(mask, _mm512_set1_ps(fill), a);

@@ -88,6 +88,11 @@ inline F32x16 rint(F32x16 a) {
 inline F32x16 exp2_integral(F32x16 n) {
   return each([&](int i) { return std::bit_cast<float>((static_cast<int32_t>(n.v[i]) + 127) << 23); });
 }
+inline uint32_t not_below(F32x16 a, F32x16 b) {  // a bit for each lane
+  uint32_t mask = 0;
+  for (int i = 0; i < 16; i++) mask |= static_cast<uint32_t>(!(a.v[i] < b.v[i])) << i;
+  return mask;
+}
 // Lanes at `count` and above become `fill`.
 inline F32x16 keep_first(F32x16 a, size_t count, float fill) {
   return each([&](int i) { return static_cast<size_t>(i) < count ? a.v[i] : fill; });

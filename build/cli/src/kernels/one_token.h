@@ -18,14 +18,18 @@ void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* o
 }
 
 void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const Activations& x, int32_t* out) {
-  constexpr size_t kAhead = 8;  // rows
+  constexpr size_t kAhead = 16;  // rows
   const size_t stride = w.cols / 4;
   const auto row = [&](size_t i) { return w.data + rows[i] * stride; };
+  const auto fetch = [&](size_t i) {
+    if (i < n) bitnet::prefetch(row(i), stride);
+  };
+  for (size_t i = 0; i < kAhead; i++) fetch(i);
   for (size_t i = 0; i < n; i += 4) {
     const size_t count = n - i < 4 ? n - i : 4;
     RowSums acc[4];
     for (size_t j = 0; j < 4; j++) {
-      if (i + j + kAhead < n) bitnet::prefetch(row(i + j + kAhead), stride);
+      fetch(i + j + kAhead);
       acc[j] = one_row<true>(row(i + (j < count ? j : 0)), w.cols / kTernaryBlock, x.values);
     }
     alignas(16) int32_t found[4];

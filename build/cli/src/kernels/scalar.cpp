@@ -73,6 +73,7 @@ const Kernels kScalarKernels = {
     .add_attention = scalar::add_attention,
     .divide_attention = scalar::divide_attention,
     .sketch_row = scalar::sketch_row,
+    .find_not_below = scalar::find_not_below,
     .dot_rows = scalar::dot_rows,
 };
 
