@@ -18,8 +18,8 @@ namespace avx512 {
 
 #include "lanes_avx512.h"
 
-// Of attention: how much the registers hold.
-constexpr int kScoreQueries = 8, kWeighQueries = 4, kWeighVectors = 4;
+// Of attention: how much the registers hold. Values of a token alone come from memory, best as one stream: whole.
+constexpr int kScoreQueries = 8, kWeighQueries = 4, kWeighVectors = 4, kLoneQueries = 2, kLoneVectors = 8;
 constexpr int kInt8Queries = 4, kInt8Vectors = 4;
 #include "float_kernels.h"
 

@@ -221,7 +221,24 @@ inline size_t positions_of(const AttentionChunk& chunk, const AttentionQueries& 
   return n < kChunkPositions ? n : kChunkPositions;
 }
 
-// All queries go through a block of keys, and through some values, while these are in the L1 cache.
+// sums (n_queries, head_dim) = Σ weight · value; all queries go through some values while these are in the L1 cache.
+template <class T, int kQueries, int kVectors>
+inline void weigh_all(const AttentionQueries& queries, const AttentionChunk& chunk, const float* weights, float* sums) {
+  constexpr size_t kAtOnce = 64;  // positions
+  const size_t dim = chunk.head_dim, n_queries = queries.n(), n = positions_of(chunk, queries, n_queries - 1);
+  const T* values = reinterpret_cast<const T*>(chunk.values);
+  for (size_t i = 0; i < n_queries * dim; i += kLanes) store(sums + i, zero());
+  for (size_t first = 0; first < n; first += kAtOnce)
+    in_runs<kQueries>(n_queries, [&]<int H>(size_t i) {
+      const size_t n_of_run = positions_of(chunk, queries, i + H - 1);
+      const size_t last = first + kAtOnce < n_of_run ? first + kAtOnce : n_of_run;
+      in_runs<kVectors>(dim / kLanes, [&]<int D>(size_t v) {
+        weigh<T, H, D>(weights + i * kChunkPositions, values + v * kLanes, first, last, dim,
+                       sums + i * dim + v * kLanes);
+      });
+    });
+}
+
 template <class T>
 inline void attend_floats(const AttentionQueries& queries, const AttentionChunk& chunk, float* scores,
                           const Attention& out) {
@@ -229,7 +246,6 @@ inline void attend_floats(const AttentionQueries& queries, const AttentionChunk&
   const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, block = dim * kPositionsPerBlock;
   const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
   const T* keys = reinterpret_cast<const T*>(chunk.keys);
-  const T* values = reinterpret_cast<const T*>(chunk.values);
   for (size_t b = 0; b < n_blocks; b++)
     in_runs<kScoreQueries>(n_queries, [&]<int H>(size_t i) {
       score<T, H>(queries.values + i * dim, dim, keys + b * block, factor,
@@ -238,19 +254,10 @@ inline void attend_floats(const AttentionQueries& queries, const AttentionChunk&
   for (size_t i = 0; i < n_queries; i++)
     out.totals[i] = softmax(scores + i * kChunkPositions, positions_of(chunk, queries, i),
                             n_blocks * kPositionsPerBlock, nullptr, &out.largest[i]);
-  for (size_t i = 0; i < n_queries * dim; i += kLanes) store(out.sums + i, zero());
-  constexpr size_t kAtOnce = 64;  // positions
-  for (size_t first = 0; first < n; first += kAtOnce)
-    in_runs<kWeighQueries>(n_queries, [&]<int H>(size_t i) {
-      const size_t n_of_run = positions_of(chunk, queries, i + H - 1);
-      const size_t last = first + kAtOnce < n_of_run ? first + kAtOnce : n_of_run;
-      const float* weights = scores + i * kChunkPositions;
-      float* sums = out.sums + i * dim;
-      size_t d = 0;
-      for (; d + kWeighVectors * kLanes <= dim; d += kWeighVectors * kLanes)
-        weigh<T, H, kWeighVectors>(weights, values + d, first, last, dim, sums + d);
-      for (; d < dim; d += kLanes) weigh<T, H, 1>(weights, values + d, first, last, dim, sums + d);
-    });
+  if (queries.n_tokens == 1)
+    weigh_all<T, kLoneQueries, kLoneVectors>(queries, chunk, scores, out.sums);
+  else
+    weigh_all<T, kWeighQueries, kWeighVectors>(queries, chunk, scores, out.sums);
 }
 
 // int8 keys and values are multiplied as integers, by queries and by weights of 16 bits: no float sum is exact, and
@@ -336,11 +343,9 @@ inline void attend_int8(const AttentionQueries& all, size_t first, const Attenti
     factors[h] = quantize_words(of_query, end, kWordLevels, weights + h * kChunkPositions);
   }
   const size_t n_pairs = (n + 1) / 2;
-  float* sums = out.sums + first * dim;
-  size_t d = 0;
-  for (; d + kInt8Vectors * kLanes <= dim; d += kInt8Vectors * kLanes)
-    weigh_int8<H, kInt8Vectors>(weights, values + 2 * d, n_pairs, dim, factors, sums + d);
-  for (; d < dim; d += kLanes) weigh_int8<H, 1>(weights, values + 2 * d, n_pairs, dim, factors, sums + d);
+  in_runs<kInt8Vectors>(dim / kLanes, [&]<int D>(size_t v) {
+    weigh_int8<H, D>(weights, values + 2 * v * kLanes, n_pairs, dim, factors, out.sums + first * dim + v * kLanes);
+  });
 }
 
 void attend(const AttentionQueries& queries, const AttentionChunk& chunk, float* scores, const Attention& out) {

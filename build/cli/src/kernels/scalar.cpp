@@ -10,8 +10,8 @@ namespace scalar {
 
 #include "lanes_scalar.h"
 
-// Of attention: how much the registers hold.
-constexpr int kScoreQueries = 4, kWeighQueries = 4, kWeighVectors = 1;
+// Of attention: how much the registers hold. Values of a token alone come from memory, best as one stream: whole.
+constexpr int kScoreQueries = 4, kWeighQueries = 4, kWeighVectors = 1, kLoneQueries = 4, kLoneVectors = 1;
 constexpr int kInt8Queries = 4, kInt8Vectors = 1;
 #include "float_kernels.h"
 
