@@ -266,8 +266,8 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
     Scratch& scratch = scratch_[thread];
     Estimates& left = scratch.left;
     const size_t begin = piece * kEstimatesPerPiece;
-    const size_t n = kernels_.find_not_below(most + begin, std::min(kEstimatesPerPiece, rows - begin), least,
-                                             left.rows.data());
+    const size_t n =
+        kernels_.find_not_below(most + begin, std::min(kEstimatesPerPiece, rows - begin), least, left.rows.data());
     left.n = 0;
     for (size_t i = 0; i < n; i++) {
       const size_t row = begin + left.rows[i];
