@@ -96,23 +96,23 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     const Layer& layer = model_.layers()[i];
 
     const auto ahead = [this](const Next& next) { return [this, next](size_t thread) { fetch_ahead(next, thread); }; };
-    norm_and_quantize(residual_.data(), layer.attn_norm, config_.dim);
+    norm_and_quantize(residual_.data(), layer.attn_norm, config_.dim, [&](size_t t) {
+      if (i > 0) add_to_residual(t);
+    });
     project({{&layer.q, q_.data()}, {&layer.k, k_.data()}, {&layer.v, v_.data()}},
             [&](size_t thread) { fetch_cache(batch.back(), i, thread); });
     rotate_and_store(batch, i);
     attend(batch, i, ahead({layer.attn_sub_norm, config_.q_dim(), {region(layer.attn_output)}}));
-    norm_and_quantize(attention_.data(), layer.attn_sub_norm, config_.q_dim());
+    norm_and_quantize(attention_.data(), layer.attn_sub_norm, config_.q_dim(), [](size_t) {});
     project({{&layer.attn_output, branch_.data()}},
             ahead({layer.ffn_norm, config_.dim, {region(layer.gate), region(layer.up)}}));
-    add_to_residual();
 
-    norm_and_quantize(residual_.data(), layer.ffn_norm, config_.dim);
+    norm_and_quantize(residual_.data(), layer.ffn_norm, config_.dim, [&](size_t t) { add_to_residual(t); });
     project({{&layer.gate, gate_.data()}, {&layer.up, up_.data()}},
             ahead({layer.ffn_sub_norm, config_.ffn_dim, {region(layer.down)}}));
-    for_each_token([&](size_t t, size_t) {
+    norm_and_quantize(gate_.data(), layer.ffn_sub_norm, config_.ffn_dim, [&](size_t t) {
       kernels_.relu2_mul(&gate_[t * config_.ffn_dim], &up_[t * config_.ffn_dim], config_.ffn_dim);
     });
-    norm_and_quantize(gate_.data(), layer.ffn_sub_norm, config_.ffn_dim);
     if (i + 1 < config_.n_layers) {
       const Layer& after = model_.layers()[i + 1];
       project({{&layer.down, branch_.data()}},
@@ -120,7 +120,6 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     } else {
       project({{&layer.down, branch_.data()}}, ahead({model_.output_norm(), config_.dim, {output_region()}}));
     }
-    add_to_residual();
   }
   norm_outputs(batch);
   if (n_passes_++ > 0) model_.settle(pool_, kernels_);  // the first token is not kept waiting
@@ -150,8 +149,11 @@ void Transformer::embed(std::span<const BatchToken> batch) {
   });
 }
 
-void Transformer::norm_and_quantize(const float* in, const float* weight, size_t dim) {
+// first(t) brings a token's vector about, so that it is still in the cache when it is read.
+template <class F>
+void Transformer::norm_and_quantize(const float* in, const float* weight, size_t dim, F&& first) {
   for_each_token([&](size_t t, size_t) {
+    first(t);
     kernels_.rms_norm(in + t * dim, weight, config_.norm_epsilon, dim, &normed_[t * dim]);
     quantised_scales_[t] = kernels_.quantize(&normed_[t * dim], dim, &quantised_[t * dim], &quantised_sums_[t]);
   });
@@ -381,17 +383,18 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& th
   });
 }
 
-void Transformer::add_to_residual() {
-  for_each_token(
-      [&](size_t t, size_t) { kernels_.add(&residual_[t * config_.dim], &branch_[t * config_.dim], config_.dim); });
+void Transformer::add_to_residual(size_t t) {
+  kernels_.add(&residual_[t * config_.dim], &branch_[t * config_.dim], config_.dim);
 }
 
 void Transformer::norm_outputs(std::span<const BatchToken> batch) {
   output_.clear();
   for (size_t t = 0; t < n_; t++)
-    if (batch[t].wants_logits)
+    if (batch[t].wants_logits) {
+      add_to_residual(t);
       kernels_.rms_norm(&residual_[t * config_.dim], model_.output_norm(), config_.norm_epsilon, config_.dim,
                         output_.add());
+    }
 }
 
 }  // namespace bitnet

@@ -79,7 +79,8 @@ class Transformer {
   };
 
   void embed(std::span<const BatchToken> batch);
-  void norm_and_quantize(const float* in, const float* weight, size_t dim);  // → quantised_
+  template <class F>
+  void norm_and_quantize(const float* in, const float* weight, size_t dim, F&& first);  // → quantised_
   template <class F>
   void project(std::initializer_list<Projection> projections, F&& then);  // from quantised_
   void add_lookup_pieces(std::initializer_list<Projection> projections);
@@ -97,7 +98,7 @@ class Transformer {
   AttentionQueries queries_of(const TokenGroup& group, size_t kv_head, std::vector<float>& memory) const;
   void attend_chunk(const TokenGroup& group, size_t layer, size_t kv_head, size_t chunk,
                     const AttentionQueries& queries, std::vector<float>& scores, const Attention& out) const;
-  void add_to_residual();
+  void add_to_residual(size_t token);
   void norm_outputs(std::span<const BatchToken> batch);
   template <class F>
   void for_each_token(F&& f);
