@@ -1,13 +1,36 @@
-"""Which file of which repository on the Hugging Face hub is the model, and which ones the engine cannot run."""
+"""Which file of which repository on the Hugging Face hub is the model, and which ones the engine cannot run.
+
+Also how the steps of the way from there to S3 say what they do.
+"""
 
 from __future__ import annotations
 
 import re
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 
 
 class PipelineError(Exception):
     """A step of the way from the hub to S3 cannot be taken: one line that says why."""
+
+
+def say(line: str) -> None:
+    """To standard error."""
+    print(f"model: {line}", file=sys.stderr)
+
+
+def exit_code_of(step: Callable[[], object]) -> int:
+    """Takes the step. What it cannot do it says in one line; an interrupted one can be started again."""
+    try:
+        step()
+    except (PipelineError, OSError) as error:
+        say(str(error))
+        return 1
+    except KeyboardInterrupt:
+        say("interrupted; start again to go on")
+        return 130
+    return 0
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from checkpoint import BITNET_2B, Checkpoint, PipelineError, refuse_others
+from checkpoint import BITNET_2B, Checkpoint, PipelineError, exit_code_of, refuse_others, say
 
 SHA256 = re.compile("[0-9a-f]{64}")
 COMMIT = re.compile("[0-9a-f]{40}")
@@ -67,7 +67,7 @@ def download(checkpoint: Checkpoint, directory: Path) -> Path:
 
     try:
         source, size = _ask(checkpoint)
-        _say(f"{source.repository} at {source.revision}: {source.filename}, {size:,} bytes, licence {source.licence}")
+        say(f"{source.repository} at {source.revision}: {source.filename}, {size:,} bytes, licence {source.licence}")
         directory.mkdir(parents=True, exist_ok=True)
         part = directory / f".{target.name}.{source.sha256[:16]}.part"
         _receive(source, size, part)
@@ -80,7 +80,7 @@ def download(checkpoint: Checkpoint, directory: Path) -> Path:
         raise PipelineError(f"{source.filename} is corrupted: its SHA-256 is {actual}, it must be {source.sha256}")
     _sidecar(target).write_text(json.dumps(asdict(source), indent=2) + "\n")
     part.rename(target)
-    _say(f"{target}: SHA-256 {source.sha256}, as it must be")
+    say(f"{target}: SHA-256 {source.sha256}, as it must be")
     return target
 
 
@@ -101,7 +101,7 @@ def _known(target: Path, checkpoint: Checkpoint) -> Path:
             f"{target} is not {checkpoint.filename} of {checkpoint.repository} at {checkpoint.revision}: {is_what}. "
             "Move it away, or name another directory"
         )
-    _say(f"{target} is there, SHA-256 {expected}")
+    say(f"{target} is there, SHA-256 {expected}")
     return target
 
 
@@ -147,7 +147,7 @@ def _receive(source: Source, size: int, part: Path) -> None:
     if (free := shutil.disk_usage(part.parent).free) < size - have:
         raise PipelineError(f"{part.parent} has {free:,} bytes free, the rest of the model takes {size - have:,}")
     if have:
-        _say(f"going on after {have:,} bytes")
+        say(f"going on after {have:,} bytes")
     with part.open("r+b" if part.exists() else "w+b") as file:
         file.seek(0, os.SEEK_END)
         headers = build_hf_headers() | {"Accept-Encoding": "identity"}
@@ -158,10 +158,6 @@ def _receive(source: Source, size: int, part: Path) -> None:
 
 def _first_line(error: Exception) -> str:
     return str(error).strip().split("\n")[0] or type(error).__name__
-
-
-def _say(line: str) -> None:
-    print(f"model: {line}", file=sys.stderr)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -191,15 +187,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Download a model from the Hugging Face hub.")
     add_arguments(parser)
     arguments = parser.parse_args()
-    try:
-        download(checkpoint_of(arguments), arguments.directory)
-    except PipelineError as error:
-        _say(str(error))
-        return 1
-    except KeyboardInterrupt:
-        _say("interrupted; start again to go on")
-        return 130
-    return 0
+    return exit_code_of(lambda: download(checkpoint_of(arguments), arguments.directory))
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from checkpoint import PipelineError, refuse_others
+from checkpoint import PipelineError, exit_code_of, refuse_others, say
 from download import add_arguments, checkpoint_of, download, sha256_of, source_of
 from verify import HERE, PACK_VERSION_KEY, contents, engine, perplexity
 
@@ -44,7 +44,7 @@ def pack(source: Path, sha256: str, output_bits: int, directory: Path) -> Path:
     if target.exists() and receipt.exists():
         found = json.loads(receipt.read_text())
         if found == made_of | {"sha256": sha256_of(target)}:
-            _say(f"{target} is there")
+            say(f"{target} is there")
             return target
     directory.mkdir(parents=True, exist_ok=True)
     engine("pack", "--model", source, "--output", target, "--output-bits", str(output_bits))
@@ -52,14 +52,14 @@ def pack(source: Path, sha256: str, output_bits: int, directory: Path) -> Path:
         raise PipelineError(f"{target} has the layout {version}, this script knows {PACK_VERSION}")
     smoke(source, target)
     receipt.write_text(json.dumps(made_of | {"sha256": sha256_of(target)}) + "\n")
-    _say(f"{target}: {target.stat().st_size:,} bytes, of {source.stat().st_size:,}")
+    say(f"{target}: {target.stat().st_size:,} bytes, of {source.stat().st_size:,}")
     return target
 
 
 def smoke(source: Path, packed: Path) -> None:
     """Raises PipelineError where the packed model foretells a text otherwise than its source does."""
     (before, _), (after, tokens) = (perplexity(model, SMOKE_TEXT, SMOKE_BYTES) for model in (source, packed))
-    _say(f"perplexity on {tokens:,} tokens: {before:.3f} as it was, {after:.3f} packed")
+    say(f"perplexity on {tokens:,} tokens: {before:.3f} as it was, {after:.3f} packed")
     if not abs(after / before - 1) < SMOKE_TOLERANCE:
         raise PipelineError(
             f"{packed} differs from {source}: its perplexity must be within {SMOKE_TOLERANCE:.0%} of {before:.3f}, "
@@ -139,7 +139,7 @@ def publish(arguments: argparse.Namespace) -> str:
     try:
         client = boto3.client("s3")
         if published(client, arguments.bucket, key, made_of):
-            _say(f"{uri} is there")
+            say(f"{uri} is there")
             return uri
         packed = pack(
             file or download(checkpoint_of(arguments), arguments.directory),
@@ -150,7 +150,7 @@ def publish(arguments: argparse.Namespace) -> str:
         upload(client, packed, arguments.bucket, key, made_of | {"source": origin, "sha256": sha256_of(packed)})
     except (Boto3Error, BotoCoreError, ClientError) as error:
         raise PipelineError(f"{uri}: {error}") from error
-    _say(f"{uri}: {packed.stat().st_size:,} bytes, verified")
+    say(f"{uri}: {packed.stat().st_size:,} bytes, verified")
     return uri
 
 
@@ -169,10 +169,6 @@ def _origin(arguments: argparse.Namespace) -> tuple[str, str, str, Path | None]:
     return f"{known.repository}@{known.revision}" if known else file.name, file.stem, sha256_of(file), file
 
 
-def _say(line: str) -> None:
-    print(f"model: {line}", file=sys.stderr)
-
-
 def main() -> int:
     """The command line. Returns the exit code."""
     parser = argparse.ArgumentParser(description="Bring a model from the Hugging Face hub to S3.")
@@ -182,15 +178,8 @@ def main() -> int:
     parser.add_argument("--key", help="default: one that names source and layout")
     parser.add_argument("--output-bits", type=int, choices=(6, 8), default=8, help="of the output matrix (%(default)s)")
     parser.add_argument("--packed", type=Path, default=PACKED, help="where packed models are kept (%(default)s)")
-    try:
-        print(publish(parser.parse_args()))
-    except (PipelineError, OSError) as error:
-        _say(str(error))
-        return 1
-    except KeyboardInterrupt:
-        _say("interrupted; start again to go on")
-        return 130
-    return 0
+    arguments = parser.parse_args()
+    return exit_code_of(lambda: print(publish(arguments)))
 
 
 if __name__ == "__main__":

@@ -144,20 +144,36 @@ inline void fetch_cache(const T* p) {
   __builtin_prefetch(reinterpret_cast<const char*>(p) + kCacheAhead<T>, 0, 3);
 }
 
+// acc[part][h] += Σ q[h] · k over every second dimension from first + part on, for H queries and a block of positions.
+template <class T, int H, int kParts>
+inline void add_scores(const float* q, size_t head_dim, const T* keys, size_t first, F32x16 (*acc)[H]) {
+  constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
+  for (size_t d = first; d < head_dim; d += 2)
+    for (size_t part = 0; part < kParts; part++) {
+      const T* p = keys + (d + part) * kPositionsPerBlock;
+      if ((d + part) % kPerLine == 0) fetch_cache(p);
+      const F32x16 k = load_cached(p);
+      for (int h = 0; h < H; h++)
+        acc[part][h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d + part]), k, acc[part][h]);
+    }
+}
+
 // scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H queries and a block of positions: one
-// block after another is one stream, which memory gives faster than two.
+// block after another is one stream, which memory gives faster than two. Even and odd dimensions have sums of their
+// own: where the registers hold both, none waits for another.
 template <class T, int H>
 inline void score(const float* q, size_t head_dim, const T* keys, float factor, float* scores) {
-  constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
-  F32x16 acc[H];
-  for (int h = 0; h < H; h++) acc[h] = zero();
-  for (size_t d = 0; d < head_dim; d++) {
-    const T* p = keys + d * kPositionsPerBlock;
-    if (d % kPerLine == 0) fetch_cache(p);
-    const F32x16 k = load_cached(p);
-    for (int h = 0; h < H; h++) acc[h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d]), k, acc[h]);
+  F32x16 acc[2][H];
+  for (auto& sums : acc)
+    for (F32x16& sum : sums) sum = zero();
+  if constexpr (H <= kScoreQueries / 2) {
+    add_scores<T, H, 2>(q, head_dim, keys, 0, acc);
+  } else {
+    add_scores<T, H, 1>(q, head_dim, keys, 0, acc);
+    add_scores<T, H, 1>(q, head_dim, keys, 1, acc + 1);
   }
-  for (int h = 0; h < H; h++) store(scores + static_cast<size_t>(h) * kChunkPositions, mul(acc[h], set1(factor)));
+  for (int h = 0; h < H; h++)
+    store(scores + static_cast<size_t>(h) * kChunkPositions, mul(add(acc[0][h], acc[1][h]), set1(factor)));
 }
 
 // Scores → e^(score − largest), in place, 0 from n to `end`, a multiple of kLanes, times `scales` where there are some;
@@ -271,21 +287,26 @@ inline float quantize_words(const float* x, size_t n, float levels, int16_t* out
   return amplitude / levels;
 }
 
-// The scores of H queries and a block of positions: Σ q · k, times the query's factor and the position's scale.
+// The scores of H queries and a block of positions: Σ q · k, times the query's factor and the position's scale. Two
+// sums take turns, so that none waits for another.
 template <int H>
 inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, const float* factors, const float* scales,
                        float* scores) {
-  I32x16 acc[H];
-  for (int h = 0; h < H; h++) acc[h] = zero32();
-  for (size_t d = 0; d < head_dim; d += 2) {
-    const int8_t* p = keys + d * kPositionsPerBlock;
-    if (d % 4 == 0) fetch_cache(p);
-    const I16Pairs k = load_pairs(p);
-    for (int h = 0; h < H; h++) acc[h] = add_products(acc[h], k, set1_pair(q + static_cast<size_t>(h) * head_dim + d));
-  }
+  I32x16 acc[2][H];
+  for (auto& sums : acc)
+    for (I32x16& sum : sums) sum = zero32();
+  for (size_t d = 0; d < head_dim; d += 4)
+    for (size_t turn = 0; turn < 2; turn++) {
+      const size_t at = d + 2 * turn;
+      const int8_t* p = keys + at * kPositionsPerBlock;
+      if (turn == 0) fetch_cache(p);
+      const I16Pairs k = load_pairs(p);
+      for (int h = 0; h < H; h++)
+        acc[turn][h] = add_products(acc[turn][h], k, set1_pair(q + static_cast<size_t>(h) * head_dim + at));
+    }
   for (int h = 0; h < H; h++)
     store(scores + static_cast<size_t>(h) * kChunkPositions,
-          mul(mul(to_float(acc[h]), set1(factors[h])), load(scales)));
+          mul(mul(to_float(add32(acc[0][h], acc[1][h])), set1(factors[h])), load(scales)));
 }
 
 // out = Σ weight · v, times the query's factor, of n_pairs of positions, for H queries and D vectors of dimensions.

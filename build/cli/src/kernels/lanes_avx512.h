@@ -2,7 +2,13 @@
 
 using F32x16 = __m512;
 
-inline F32x16 zero() { return _mm512_setzero_ps(); }
+// Zeros that GCC takes for numbers like others: sums that begin with the constant it moves to another register and back
+// at every step.
+inline F32x16 zero() {
+  F32x16 a = _mm512_setzero_ps();
+  __asm__("" : "+v"(a));
+  return a;
+}
 inline F32x16 set1(float a) { return _mm512_set1_ps(a); }
 inline F32x16 load(const float* p) { return _mm512_loadu_ps(p); }
 inline F32x16 load_half(const uint16_t* p) {
@@ -83,7 +89,11 @@ inline double sum(F64x16 s) {
 // Sixteen 32-bit integers, and sixteen pairs of 16-bit ones.
 using I32x16 = __m512i;
 using I16Pairs = __m512i;
-inline I32x16 zero32() { return _mm512_setzero_si512(); }
+inline I32x16 zero32() {
+  I32x16 a = _mm512_setzero_si512();
+  __asm__("" : "+v"(a));
+  return a;
+}
 inline I16Pairs load_pairs(const int8_t* p) {
   return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
@@ -93,6 +103,7 @@ inline I16Pairs set1_pair(const int16_t* p) {
   return _mm512_set1_epi32(pair);
 }
 inline I32x16 add_products(I32x16 sum, I16Pairs a, I16Pairs b) { return _mm512_dpwssd_epi32(sum, a, b); }
+inline I32x16 add32(I32x16 a, I32x16 b) { return _mm512_add_epi32(a, b); }
 inline F32x16 to_float(I32x16 a) { return _mm512_cvtepi32_ps(a); }
 
 // Thirty-two 16-bit integers: the tokens of a look-up table.

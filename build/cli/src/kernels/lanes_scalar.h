@@ -147,6 +147,10 @@ inline I32x16 add_products(I32x16 sum, I16Pairs a, I16Pairs b) {
   for (int i = 0; i < 16; i++) sum.v[i] += a.v[2 * i] * b.v[2 * i] + a.v[2 * i + 1] * b.v[2 * i + 1];
   return sum;
 }
+inline I32x16 add32(I32x16 a, const I32x16& b) {
+  for (int i = 0; i < 16; i++) a.v[i] += b.v[i];
+  return a;
+}
 inline F32x16 to_float(I32x16 a) {
   return each([&](int i) { return static_cast<float>(a.v[i]); });
 }
