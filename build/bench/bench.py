@@ -84,6 +84,7 @@ def instruction_sets() -> list[str]:
 
 PREFILL, DECODE = "prefill_tokens_per_second", "decode_tokens_per_second"
 BANDWIDTH, BYTES = "read_bandwidth_bytes_per_second", "decode_bytes_per_token"
+KEPT = "decode_of_short_context"
 
 
 def main() -> None:
@@ -140,6 +141,11 @@ def main() -> None:
         print(f"\n| {title} | tokens/s |\n|---|---|")
         for key, r in group.items():
             print(f"| {' '.join(map(str, key)) if isinstance(key, tuple) else key} | {results.median(r, name):.1f} |")
+    for (kv, depth), r in by_depth.items():
+        if KEPT in results.samples[r][0]:
+            print(
+                f"\n{kv} cache, {depth} tokens of context: {results.median(r, KEPT):.0%} of the speed at 128, in turns"
+            )
 
     figure, ((top_left, top_right), (bottom_left, bottom_right)) = plt.subplots(
         2, 2, figsize=(11, 8), layout="constrained"

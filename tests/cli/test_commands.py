@@ -386,6 +386,14 @@ def test_bench_gives_plain_numbers(bitnet: Bitnet, demo_model: Path) -> None:
     assert list(table) == list(result)
 
 
+def test_bench_compares_a_long_context_with_a_short_one(bitnet: Bitnet, demo_model: Path) -> None:
+    options = ("bench", "-m", demo_model, "--prompt-tokens", 0, "--predict-tokens", 4, "--repetitions", 2, "--json")
+    kept = bitnet.json(*options, "--depth", 200)["decode_of_short_context"]
+    assert type(kept) is float
+    assert kept > 0
+    assert "decode_of_short_context" not in bitnet.json(*options, "--depth", 128)
+
+
 def test_bench_of_texts_side_by_side_shares_the_weights(bitnet: Bitnet, demo_model: Path) -> None:
     options = ("bench", "-m", demo_model, "--prompt-tokens", 0, "--predict-tokens", 4, "--depth", 16, "--json")
     alone, four = (bitnet.json(*options, "--sequences", n) for n in (1, 4))

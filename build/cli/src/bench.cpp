@@ -20,6 +20,7 @@ namespace {
 constexpr size_t kReadBytes = size_t{256} << 20;  // well above any cache
 constexpr size_t kTopK = 40;                      // candidates that the default sampling draws from
 constexpr size_t kReadPieceBytes = size_t{1} << 20;
+constexpr size_t kShortContext = 128;  // that a longer one is compared with
 
 // A buffer larger than the caches, to measure what plain reading gives at the pool's threads.
 class ReadBuffer {
@@ -163,7 +164,7 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
     throw Error(ExitCode::kContextExceeded, "--replay: the prompt and the text take " + std::to_string(n) +
                                                 " positions, the context holds " + std::to_string(engine.n_ctx));
 
-  std::vector<double> prefill, decode, bandwidth, fraction, bytes, said, said_plainly;
+  std::vector<double> prefill, decode, bandwidth, fraction, bytes, kept, said, said_plainly;
   Replay last_replay{};
   for (size_t i = 0; i < options.repetitions; i++) {
     if (options.prompt_tokens > 0) {
@@ -175,16 +176,27 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
     }
     const double before = buffer.bytes_per_second(engine.pool);
     if (options.predict_tokens > 0) {
-      const uint64_t refined = engine.transformer.output().bytes_refined();
-      const Clock::time_point start = Clock::now();
-      for (size_t t = 0; t < options.predict_tokens; t++) texts.evaluate(all[options.depth + t], options.depth + t);
-      const double steps = static_cast<double>(options.predict_tokens) / seconds_since(start);
+      // Beside each token one of a short context, since the memory of a virtual machine is not as fast from one second
+      // to the next.
+      double seconds = 0.0, short_seconds = 0.0;
+      uint64_t refined = 0;
+      for (size_t t = 0; t < options.predict_tokens; t++) {
+        const uint64_t refined_before = engine.transformer.output().bytes_refined();
+        Clock::time_point start = Clock::now();
+        texts.evaluate(all[options.depth + t], options.depth + t);
+        seconds += seconds_since(start);
+        refined += engine.transformer.output().bytes_refined() - refined_before;
+        if (options.depth <= kShortContext) continue;
+        start = Clock::now();
+        texts.evaluate(all[t], kShortContext);
+        short_seconds += seconds_since(start);
+      }
+      const double n_steps = static_cast<double>(options.predict_tokens), steps = n_steps / seconds;
       decode.push_back(n_sequences * steps);
-      const double bytes_per_step =
-          whole_bytes + static_cast<double>(engine.transformer.output().bytes_refined() - refined) /
-                            static_cast<double>(options.predict_tokens);
+      if (options.depth > kShortContext) kept.push_back(short_seconds / seconds);
+      const double bytes_per_step = whole_bytes + static_cast<double>(refined) / n_steps;
       bytes.push_back(bytes_per_step / n_sequences);
-      // The memory of a virtual machine is not as fast from one second to the next: before and after.
+      // Before and after, for the same reason.
       bandwidth.push_back((before + buffer.bytes_per_second(engine.pool)) / 2.0);
       fraction.push_back(bytes_per_step * steps / bandwidth.back());
     } else {
@@ -209,6 +221,7 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
   if (!decode.empty()) {
     report(out, "decode_tokens_per_second", decode);
     report(out, "decode_bytes_per_token", bytes);
+    if (!kept.empty()) report(out, "decode_of_short_context", kept);
   }
   report(out, "read_bandwidth_bytes_per_second", bandwidth);
   if (!decode.empty()) report(out, "decode_bandwidth_fraction", fraction);
