@@ -31,6 +31,10 @@ LLAMA3_PATTERN = (
 )
 
 
+def demo_tokenizer() -> Tokenizer:
+    return Tokenizer.from_str(gzip.decompress(DEMO_TOKENIZER.read_bytes()).decode())
+
+
 def byte_level_bpe(tokens: Sequence[str], merges: Iterable[str], special: Sequence[str]) -> Tokenizer:
     """Hugging Face's tokenizer of Llama 3 with another vocabulary; the special tokens have the ids after `tokens`."""
     pairs = [(left, right) for left, right in (merge.split(" ") for merge in merges)]
@@ -88,8 +92,7 @@ def subject(
     request: pytest.FixtureRequest, engine_path: Path, demo_model: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Subject:
     if request.param == "demo":
-        oracle = Tokenizer.from_str(gzip.decompress(DEMO_TOKENIZER.read_bytes()).decode())
-        return Subject(engine_path, demo_model, oracle)
+        return Subject(engine_path, demo_model, demo_tokenizer())
     assert LLAMA3_TOKENIZER.exists(), "fetch it first: build/setup/setup.sh test"
     vocabulary = make_vocabulary(128_256, LLAMA3_TOKENIZER)
     n_normal = vocabulary.types.count(TokenType.NORMAL)
@@ -208,9 +211,7 @@ def test_every_character_is_of_the_same_class(engine_path: Path, tmp_path: Path)
 
 def test_streamed_pieces_are_whole_characters(engine_path: Path, demo_model: Path) -> None:
     """At a high temperature the model writes bytes that are no text, and control tokens, which are left out of it."""
-    subject = Subject(
-        engine_path, demo_model, Tokenizer.from_str(gzip.decompress(DEMO_TOKENIZER.read_bytes()).decode())
-    )
+    subject = Subject(engine_path, demo_model, demo_tokenizer())
     control = subject.oracle.get_added_tokens_decoder()
     options = {
         "op": "completion",

@@ -35,7 +35,7 @@ size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
   return kernels.lut_lanes == 0 ? 0 : round_up(max_batch, kernels.lut_lanes);
 }
 
-// Floats of an attention.
+// Floats of an attention: as attention_at() divides them.
 size_t attention_floats(size_t n_queries, size_t head_dim) { return n_queries * (head_dim + 2); }
 
 Attention attention_at(float* p, size_t n_queries) { return {p, p + n_queries, p + 2 * n_queries}; }
@@ -79,7 +79,8 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
       6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
   const size_t partial =
       ceil_div(max_context, kChunkPositions) * attention_floats(kFewAttending * c.n_heads, c.head_dim);
-  const size_t scratch = kTokensPerGroup * c.group() * (3 * c.head_dim + 4 + kChunkPositions);
+  const size_t n_queries = kTokensPerGroup * c.group();
+  const size_t scratch = n_queries * (c.head_dim + kChunkPositions) + 2 * attention_floats(n_queries, c.head_dim);
   return max_batch * per_token + 4 * partial +
          n_threads * (4 * (max_batch * kRowsPerPiece + scratch) + LutScratch::bytes(kMaxLutLanes, widest(c)));
 }

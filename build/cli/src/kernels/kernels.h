@@ -105,8 +105,7 @@ struct AttentionChunk {
   const std::byte* keys;    // chunk_bytes(type, head_dim)
   const std::byte* values;  // chunk_bytes(type, head_dim)
   CacheType type;
-  size_t
-      n_positions;  // how many the first token attends to, every other to one more, if there are; the rest is ignored
+  size_t n_positions;  // of the first token; each after it attends to one more, as far as the chunk goes
   size_t head_dim;
 };
 

@@ -120,7 +120,7 @@ inline void lut_step(const uint8_t* numbers, size_t rows, const int16_t* tables,
     });
 }
 
-// sums[r · kLutLanes + t] = Σₖ x[k · kLutLanes + t] · weight[r][k] for rows ≤ kLutRows, a multiple of 4. Sixteen bits
+// sums[r · kLutLanes + t] = Σₖ x[k · kLutLanes + t] · weight[r][k] for rows ≤ kLutRows, a multiple of 16. Sixteen bits
 // hold the sums of as many steps as the activations' absolute values allow: eight at least, some dozens as a rule.
 inline void lut_sums(size_t rows, size_t cols, const int8_t* x, LutScratch& scratch) {
   constexpr size_t kStepsPerBlock = kTernaryBlock / 4 / kLutGroups;
