@@ -179,13 +179,15 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
       // Beside each token one of a short context, since the memory of a virtual machine is not as fast from one second
       // to the next.
       double seconds = 0.0, short_seconds = 0.0;
-      uint64_t refined = 0;
+      uint64_t refined = 0, skipped = 0;
       for (size_t t = 0; t < options.predict_tokens; t++) {
         const uint64_t refined_before = engine.transformer.output().bytes_refined();
+        const uint64_t skipped_before = engine.transformer.bytes_skipped();
         Clock::time_point start = Clock::now();
         texts.evaluate(all[options.depth + t], options.depth + t);
         seconds += seconds_since(start);
         refined += engine.transformer.output().bytes_refined() - refined_before;
+        skipped += engine.transformer.bytes_skipped() - skipped_before;
         if (options.depth <= kShortContext) continue;
         start = Clock::now();
         texts.evaluate(all[t], kShortContext);
@@ -194,7 +196,8 @@ nlohmann::ordered_json bench(Engine& engine, const BenchOptions& options) {
       const double n_steps = static_cast<double>(options.predict_tokens), steps = n_steps / seconds;
       decode.push_back(n_sequences * steps);
       if (options.depth > kShortContext) kept.push_back(short_seconds / seconds);
-      const double bytes_per_step = whole_bytes + static_cast<double>(refined) / n_steps;
+      const double bytes_per_step =
+          whole_bytes + (static_cast<double>(refined) - static_cast<double>(skipped)) / n_steps;
       bytes.push_back(bytes_per_step / n_sequences);
       // Before and after, for the same reason.
       bandwidth.push_back((before + buffer.bytes_per_second(engine.pool)) / 2.0);

@@ -55,14 +55,15 @@ constexpr size_t kMatricesPerLayer = 7;
 constexpr size_t kCacheLine = 64;
 
 TernaryType settled_type(const TernaryMatrix& m, const Kernels& kernels) {
-  return computes_from_trits(kernels, m.cols) ? m.type : TernaryType::kCodes;
+  const bool from_trits = m.sparse ? kernels.add_trit_columns != nullptr : computes_from_trits(kernels, m.cols);
+  return from_trits ? m.type : TernaryType::kCodes;
 }
 
-size_t settled_bytes_of(const TernaryMatrix& m, const Kernels& kernels) {
-  return TernaryMatrix{settled_type(m, kernels), nullptr, m.rows, m.cols, m.scale}.bytes();
+TernaryMatrix settled(const TernaryMatrix& m, const uint8_t* data, const Kernels& kernels) {
+  return {settled_type(m, kernels), data, m.rows, m.cols, m.scale, m.sparse, m.sparse};
 }
 
-TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols) {
+TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols, bool sparse = false) {
   const Tensor* tensor = find(file, name, {cols, rows});
   if (tensor->type != TensorType::kI2_S && tensor->type != TensorType::kTrits)
     wrong_type(file, *tensor, "I2_S or TRITS");
@@ -71,7 +72,7 @@ TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows
                       std::to_string(kTernaryBlock));
   const uint8_t* data = reinterpret_cast<const uint8_t*>(tensor->bytes.data());
   const TernaryType type = tensor->type == TensorType::kTrits ? TernaryType::kTrits : TernaryType::kCodes;
-  TernaryMatrix matrix{type, data, rows, cols, 0.0f};
+  TernaryMatrix matrix{type, data, rows, cols, 0.0f, sparse};
   std::memcpy(&matrix.scale, data + matrix.bytes(), sizeof(float));
   if (!std::isfinite(matrix.scale)) invalid(file, "tensor " + name + " has a scale that is not finite");
   return matrix;
@@ -99,6 +100,40 @@ FloatRows matrix(const GgufFile& file, const std::string& name, size_t rows, siz
       wrong_type(file, *tensor, "F32, F16, BF16, Q8_0 or Q6_K");
   }
   return out;
+}
+
+void settle_rows(const TernaryMatrix& m, TernaryType type, uint8_t* out, ThreadPool& pool, const Kernels& kernels) {
+  constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
+  const size_t row_bytes = TernaryRows{type, nullptr, m.rows, m.cols}.row_bytes();
+  pool.for_each(ceil_div(m.rows, kRowsPerPiece), [&](size_t piece, size_t) {
+    const size_t first = piece * kRowsPerPiece;
+    const TernaryRows rows = m.all().slice(first, std::min(kRowsPerPiece, m.rows - first));
+    uint8_t* to = out + first * row_bytes;
+    if (type == m.type)
+      std::memcpy(to, rows.data, rows.rows * rows.row_bytes());
+    else
+      expand_rows(kernels.expand_trits, rows, to);
+  });
+}
+
+void settle_columns(const TernaryMatrix& m, TernaryType type, uint8_t* out, ThreadPool& pool, const Kernels& kernels) {
+  constexpr size_t kColsPerPiece = 4 * kCodeUnit;  // what a unit of a row of trits stands for
+  const TernaryColumns columns{type, out, m.rows, m.cols};
+  const size_t row_bytes = m.all().row_bytes();
+  pool.for_each(ceil_div(m.cols, kColsPerPiece), [&](size_t piece, size_t) {
+    const size_t first = piece * kColsPerPiece, n = std::min(kColsPerPiece, m.cols - first);
+    std::vector<uint8_t> expanded(columns.unit_rows() * kCodeUnit);
+    for (size_t unit = 0; unit < columns.n_units(); unit++) {
+      const size_t row = unit * columns.unit_rows(), n_rows = std::min(columns.unit_rows(), m.rows - row);
+      if (m.type == TernaryType::kCodes) {
+        codes_to_columns(m.data + row * row_bytes + piece * kCodeUnit, row_bytes, n, columns, unit, first, out);
+        continue;
+      }
+      for (size_t r = 0; r < n_rows; r++)
+        kernels.expand_trits(m.data + (row + r) * row_bytes + piece * kTritUnit, 1, &expanded[r * kCodeUnit]);
+      codes_to_columns(expanded.data(), kCodeUnit, n, columns, unit, first, out);
+    }
+  });
 }
 
 // The whole pages of a part of the map that is not needed again.
@@ -181,7 +216,7 @@ Model::Model(const GgufFile& file) : config_(read_config(file)), file_(file) {
         .gate = ternary(file, block + "ffn_gate.weight", c.ffn_dim, c.dim),
         .up = ternary(file, block + "ffn_up.weight", c.ffn_dim, c.dim),
         .ffn_sub_norm = vector(file, block + "ffn_sub_norm.weight", c.ffn_dim),
-        .down = ternary(file, block + "ffn_down.weight", c.dim, c.ffn_dim),
+        .down = ternary(file, block + "ffn_down.weight", c.dim, c.ffn_dim, true),
     });
   }
   // 1 / base^(2i / head_dim), each step rounded to float as in the training code; divided by rope_freqs where the file
@@ -251,20 +286,13 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanose
 }
 
 void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
-  constexpr size_t kRowsPerPiece = 256;  // some 100 to 400 kB
-  TernaryMatrix there = m;
-  there.type = settled_type(m, kernels);
-  there.data = settled_ + n_settled_;
-  pool.for_each(ceil_div(m.rows, kRowsPerPiece), [&](size_t piece, size_t) {
-    const size_t first = piece * kRowsPerPiece;
-    const TernaryRows rows = m.all().slice(first, std::min(kRowsPerPiece, m.rows - first));
-    uint8_t* to = settled_ + n_settled_ + first * there.all().row_bytes();
-    if (there.type == m.type)
-      std::memcpy(to, rows.data, rows.rows * rows.row_bytes());
-    else
-      expand_rows(kernels.expand_trits, rows, to);
-    give_back(rows.data, rows.rows * rows.row_bytes());
-  });
+  uint8_t* data = settled_ + n_settled_;
+  const TernaryMatrix there = settled(m, data, kernels);
+  if (there.by_columns)
+    settle_columns(m, there.type, data, pool, kernels);
+  else
+    settle_rows(m, there.type, data, pool, kernels);
+  give_back(m.data, m.bytes());
   n_settled_ += round_up(there.bytes(), kCacheLine);
   m = there;
 }
@@ -283,7 +311,7 @@ void Model::settle_output(ThreadPool& pool, const Kernels& kernels) {
 
 size_t Model::settled_bytes(const Kernels& kernels) const {
   size_t bytes = round_up(OutputSketch::bytes(output_), kCacheLine);
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += round_up(settled_bytes_of(m, kernels), kCacheLine); });
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += round_up(settled(m, nullptr, kernels).bytes(), kCacheLine); });
   return bytes;
 }
 
@@ -291,7 +319,7 @@ size_t Model::bytes_per_token(const Kernels& kernels) const {
   const size_t norms = config_.dim + config_.n_layers * (2 * config_.dim + config_.q_dim() + config_.ffn_dim);
   const size_t of_sketch_rows = 3 * output_.rows;  // steps, errors, norms
   size_t bytes = OutputSketch::plane_bytes(output_.rows, output_.cols) + (norms + of_sketch_rows) * sizeof(float);
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += settled_bytes_of(m, kernels); });
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += settled(m, nullptr, kernels).bytes(); });
   return bytes;
 }
 

@@ -41,9 +41,12 @@ struct TernaryMatrix {
   size_t rows;
   size_t cols;
   float scale;
+  bool sparse = false;      // whether most of what it multiplies is 0: then it settles by columns
+  bool by_columns = false;  // how it lies
 
-  TernaryRows all() const { return {type, data, rows, cols}; }
-  size_t bytes() const { return rows * all().row_bytes(); }
+  TernaryRows all() const { return {type, data, rows, cols}; }         // where it is by rows
+  TernaryColumns columns() const { return {type, data, rows, cols}; }  // where it is by columns
+  size_t bytes() const { return by_columns ? cols * columns().column_bytes() : rows * all().row_bytes(); }
 };
 
 struct Layer {
@@ -55,7 +58,7 @@ struct Layer {
   const float* ffn_norm;       // (dim)
   TernaryMatrix gate, up;      // (ffn_dim, dim)
   const float* ffn_sub_norm;   // (ffn_dim)
-  TernaryMatrix down;          // (dim, ffn_dim)
+  TernaryMatrix down;          // (dim, ffn_dim); sparse, since relu lets half of its input through at most
 };
 
 // Whether the kernels multiply rows of `cols` trits as they are.
@@ -92,8 +95,9 @@ class Model {
   const std::vector<float>& rope_frequencies() const { return rope_frequencies_; }
 
   size_t n_params() const;
-  // Weights read to compute one token (embedding row not counted), once they have settled: ternary weights, norms and
-  // the sketch's first plane. What is refined from it comes on top: OutputLayer::bytes_refined().
+  // Weights that a token may need (embedding row not counted), once they have settled: ternary weights, norms and the
+  // sketch's first plane. What is refined from it comes on top, OutputLayer::bytes_refined(), and what a zero makes
+  // needless is not read, Transformer::bytes_skipped().
   size_t bytes_per_token(const Kernels& kernels) const;
   size_t memory_bytes(const Kernels& kernels) const;   // all weights, once they have settled
   size_t settled_bytes(const Kernels& kernels) const;  // of them, what settle() writes

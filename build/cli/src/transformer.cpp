@@ -17,6 +17,7 @@ constexpr size_t kMostTiles = 16;                 // of tokens that look-up does
 constexpr size_t kLeastLutRows = 512;             // fewer would be slow, since tables are made for all of them
 constexpr size_t kPiecesPerThread = 4;            // of look-up, so that no thread waits long for another
 constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
+constexpr size_t kSparseTokens = 32;              // that share a read of columns
 constexpr size_t kTokensPerGroup = 8;             // that go through a sequence's cache together
 constexpr size_t kFewAttending = 16;              // tokens whose attention is divided among threads by chunks
 
@@ -29,6 +30,17 @@ size_t lookup_tokens(const Kernels& kernels, size_t n, size_t dim, size_t n_thre
   if (ceil_div(n, kernels.lut_lanes) * ceil_div(dim, kLeastLutRows) < n_threads) return 0;
   const size_t rest = n % kernels.lut_lanes;
   return rest >= kernels.lut_min_rest ? n : n - rest;
+}
+
+// Sums of some tokens' products by columns, for the rows of whole units of either type.
+size_t column_sums(const Config& c) { return kSparseTokens * (c.dim + 5 * kColumnUnit); }
+
+// How many of n columns are 0 for all tokens, whose values are `stride` apart.
+size_t common_zeros(const int8_t* x, size_t n, size_t n_tokens, size_t stride) {
+  std::array<int8_t, kMaxColumns> any{};
+  for (size_t t = 0; t < n_tokens; t++)
+    for (size_t i = 0; i < n; i++) any[i] |= x[t * stride + i];
+  return static_cast<size_t>(std::count(any.begin(), any.begin() + static_cast<std::ptrdiff_t>(n), int8_t{0}));
 }
 
 size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
@@ -66,6 +78,7 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
       sines_(max_batch * config_.head_dim / 2),
       codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
+      column_sums_(pool.size(), ColumnSums{std::vector<int32_t>(column_sums(config_))}),
       attention_scratch_(pool.size()) {
   const size_t n_queries = kTokensPerGroup * config_.group(), floats = attention_floats(n_queries, config_.head_dim);
   for (AttentionScratch& s : attention_scratch_)
@@ -82,7 +95,14 @@ size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_c
   const size_t n_queries = kTokensPerGroup * c.group();
   const size_t scratch = n_queries * (c.head_dim + kChunkPositions) + 2 * attention_floats(n_queries, c.head_dim);
   return max_batch * per_token + 4 * partial +
-         n_threads * (4 * (max_batch * kRowsPerPiece + scratch) + LutScratch::bytes(kMaxLutLanes, widest(c)));
+         n_threads *
+             (4 * (max_batch * kRowsPerPiece + column_sums(c) + scratch) + LutScratch::bytes(kMaxLutLanes, widest(c)));
+}
+
+uint64_t Transformer::bytes_skipped() const {
+  uint64_t n = 0;
+  for (const ColumnSums& s : column_sums_) n += s.bytes_skipped;
+  return n;
 }
 
 // Section 3 of the model's description, block after block.
@@ -114,12 +134,12 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     norm_and_quantize(gate_.data(), layer.ffn_sub_norm, config_.ffn_dim, [&](size_t t) {
       kernels_.relu2_mul(&gate_[t * config_.ffn_dim], &up_[t * config_.ffn_dim], config_.ffn_dim);
     });
+    const Projection down{&layer.down, branch_.data()};
     if (i + 1 < config_.n_layers) {
       const Layer& after = model_.layers()[i + 1];
-      project({{&layer.down, branch_.data()}},
-              ahead({after.attn_norm, config_.dim, {region(after.q), region(after.k), region(after.v)}}));
+      project_sparse(down, ahead({after.attn_norm, config_.dim, {region(after.q), region(after.k), region(after.v)}}));
     } else {
-      project({{&layer.down, branch_.data()}}, ahead({model_.output_norm(), config_.dim, {output_region()}}));
+      project_sparse(down, ahead({model_.output_norm(), config_.dim, {output_region()}}));
     }
   }
   norm_outputs(batch);
@@ -194,18 +214,83 @@ void Transformer::add_lookup_pieces(std::initializer_list<Projection> projection
   size_t n_rows = 0, n_chunks = 0;
   for (const Projection& p : projections) n_rows += p.matrix->rows;
   const size_t most = std::clamp(round_up(ceil_div(n_rows * n_tiles, n_pieces), kLanes), kLeastLutRows, kLutRows);
-  const auto chunk = [&](size_t rows) { return round_up(ceil_div(rows, ceil_div(rows, most)), kLanes); };
-  for (const Projection& p : projections) n_chunks += ceil_div(p.matrix->rows, chunk(p.matrix->rows));
+  const auto chunk = [&](const TernaryMatrix& m) {
+    const size_t unit = m.by_columns ? m.columns().unit_rows() : kLanes;
+    return round_up(ceil_div(m.rows, ceil_div(m.rows, most / unit * unit)), unit);
+  };
+  for (const Projection& p : projections) n_chunks += ceil_div(p.matrix->rows, chunk(*p.matrix));
   const size_t tokens = lanes * std::clamp(n_tiles * n_chunks / n_pieces, size_t{1}, kMostTiles);
   for (const Projection& p : projections) {
-    const size_t rows = p.matrix->rows;
-    for (size_t r = 0; r < rows; r += chunk(rows))
+    const size_t rows = p.matrix->rows, step = chunk(*p.matrix);
+    for (size_t r = 0; r < rows; r += step)
       for (size_t t = 0; t < n_lookup_; t += tokens)
-        pieces_.push_back({&p, r, std::min(chunk(rows), rows - r), t, std::min(tokens, n_lookup_ - t)});
+        pieces_.push_back({&p, r, std::min(step, rows - r), t, std::min(tokens, n_lookup_ - t)});
   }
 }
 
-Transformer::Region Transformer::region(const TernaryMatrix& m) { return {m.data, m.rows, m.all().row_bytes()}; }
+// A sparse matrix: the columns that a token's zeros would multiply are not read, unless so many tokens share the read
+// that look-up takes it whole.
+template <class F>
+void Transformer::project_sparse(const Projection& projection, F&& then) {
+  if (!projection.matrix->by_columns) return project({projection}, then);
+  if (n_lookup_ > 0) {
+    const std::initializer_list<Projection> one{projection};  // pieces point into it
+    pieces_.clear();
+    add_lookup_pieces(one);
+    pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) { by_lookup(pieces_[i], thread); });
+  }
+  for (size_t t = n_lookup_; t < n_; t += kSparseTokens)
+    add_columns(projection, t, std::min(kSparseTokens, n_ - t), then);
+}
+
+// Every thread adds up some of the columns, for all rows; then the threads' sums are added.
+template <class F>
+void Transformer::add_columns(const Projection& projection, size_t first_token, size_t n_tokens, F&& then) {
+  const TernaryMatrix& w = *projection.matrix;
+  const TernaryColumns columns = w.columns();
+  const size_t n_rows = columns.n_units() * columns.unit_rows(), n_pieces = ceil_div(w.cols, kMaxColumns);
+  const auto add = w.type == TernaryType::kCodes ? kernels_.add_columns : kernels_.add_trit_columns;
+  const auto width = [&](size_t piece) { return std::min(kMaxColumns, w.cols - piece * kMaxColumns); };
+  const int8_t* x = &quantised_[first_token * w.cols];
+  for (ColumnSums& s : column_sums_) s.any = false;
+  const auto add_piece = [&](size_t piece, size_t thread) {
+    ColumnSums& s = column_sums_[thread];
+    const size_t first = piece * kMaxColumns, n = width(piece);
+    if (!s.any) {
+      s.any = true;
+      std::fill_n(s.sums.begin(), n_tokens * n_rows, 0);
+      add(columns, x, first, 0, n, s.sums.data());  // asks for the first columns
+    }
+    const size_t n_next = piece + 1 < pool_.first_piece(n_pieces, thread + 1) ? width(piece + 1) : 0;
+    for (size_t i = 0; i < n_tokens; i++) add(columns, x + i * w.cols, first, n, n_next, &s.sums[i * n_rows]);
+    s.bytes_skipped += common_zeros(x + first, n, n_tokens, w.cols) * columns.column_bytes();
+  };
+  pool_.for_each(n_pieces, add_piece, then);
+  const auto finish = [&](size_t i, size_t) {
+    int32_t* total = nullptr;
+    for (ColumnSums& s : column_sums_) {
+      if (!s.any) continue;
+      int32_t* sums = &s.sums[i * n_rows];
+      if (total == nullptr) {
+        total = sums;
+        continue;
+      }
+      prefetch(sums, w.rows * sizeof(int32_t));  // from another processor's cache, line after line
+      for (size_t r = 0; r < w.rows; r++) total[r] += sums[r];
+    }
+    const size_t t = first_token + i;
+    kernels_.dequantize(total, quantised_scales_[t], w.scale, w.rows, projection.out + t * w.rows);
+  };
+  if (n_tokens == 1)
+    finish(0, 0);
+  else
+    pool_.for_each(n_tokens, finish);
+}
+
+Transformer::Region Transformer::region(const TernaryMatrix& m) {
+  if (m.by_columns) return {};  // which of them is not known yet
+  return {m.data, m.rows, m.all().row_bytes()};
+}
 
 Transformer::Region Transformer::output_region() const {
   if (model_.n_sketched() == 0) return {};
@@ -246,7 +331,10 @@ void Transformer::fetch_cache(const BatchToken& token, size_t layer, size_t thre
 void Transformer::by_lookup(const Piece& piece, size_t thread) {
   const TernaryMatrix& w = *piece.projection->matrix;
   LutScratch& scratch = lut_scratch_[thread];
-  kernels_.lut_numbers(w.all().slice(piece.first_row, piece.n_rows), scratch);
+  if (w.by_columns)
+    kernels_.lut_column_numbers(w.columns(), piece.first_row, piece.n_rows, scratch);
+  else
+    kernels_.lut_numbers(w.all().slice(piece.first_row, piece.n_rows), scratch);
   for (size_t t = piece.first_token; t < piece.first_token + piece.n_tokens; t += kernels_.lut_lanes)
     kernels_.ternary_lut(piece.n_rows, w.cols, &tiles_[t * w.cols],
                          std::min(kernels_.lut_lanes, piece.first_token + piece.n_tokens - t), &quantised_scales_[t],

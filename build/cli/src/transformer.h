@@ -38,6 +38,10 @@ class Transformer {
   // Of the last batch: a vector for each token that wanted logits, in their order.
   OutputLayer& output() { return output_; }
 
+  // Bytes of weights that have not been read since zeros made them needless, of those that Model::bytes_per_token()
+  // counts, which the tokens of a batch share.
+  uint64_t bytes_skipped() const;
+
   size_t max_batch() const { return max_batch_; }
   static size_t buffer_bytes(const Config& config, size_t max_batch, size_t max_context, size_t n_threads);
 
@@ -78,12 +82,23 @@ class Transformer {
     size_t first_token, n_tokens;
   };
 
+  // What a thread has added up of a sparse matrix.
+  struct alignas(64) ColumnSums {
+    std::vector<int32_t> sums;   // (kSparseTokens, rows of whole units)
+    bool any = false;            // in the current loop
+    uint64_t bytes_skipped = 0;  // ever
+  };
+
   void embed(std::span<const BatchToken> batch);
   template <class F>
   void norm_and_quantize(const float* in, const float* weight, size_t dim, F&& first);  // → quantised_
   template <class F>
   void project(std::initializer_list<Projection> projections, F&& then);  // from quantised_
   void add_lookup_pieces(std::initializer_list<Projection> projections);
+  template <class F>
+  void project_sparse(const Projection& projection, F&& then);  // from quantised_
+  template <class F>
+  void add_columns(const Projection& projection, size_t first_token, size_t n_tokens, F&& then);
   void fetch_ahead(const Next& next, size_t thread) const;
   void fetch_cache(const BatchToken& token, size_t layer, size_t thread) const;
   static Region region(const TernaryMatrix& m);
@@ -128,6 +143,7 @@ class Transformer {
   std::vector<LutScratch> lut_scratch_;              // a thread each
   std::vector<std::vector<uint8_t>> codes_;          // a thread each: (kExpandedRows, widest / 4)
   std::vector<std::vector<int32_t>> sums_;           // a thread each: (max_batch, kRowsPerPiece)
+  std::vector<ColumnSums> column_sums_;              // a thread each
   std::vector<TokenGroup> groups_;                   // of the current batch
   std::vector<AttentionScratch> attention_scratch_;  // a thread each
   std::vector<float> partial_attention_;             // (n_kv_heads, chunks) attentions of all tokens

@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include <array>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -36,6 +37,17 @@ std::vector<uint8_t> trits_of(const TernaryRows& w) {
     trits[i] = static_cast<uint8_t>(number);
   }
   return trits;
+}
+
+// Rows of codes → columns.
+std::vector<uint8_t> columns_of(const TernaryRows& w, TernaryType type) {
+  TernaryColumns columns{type, nullptr, w.rows, w.cols};
+  std::vector<uint8_t> out(w.cols * columns.column_bytes());
+  for (size_t unit = 0; unit < columns.n_units(); unit++)
+    for (size_t c = 0; c < w.cols; c += kTernaryBlock)  // a block at a time
+      codes_to_columns(w.data + unit * columns.unit_rows() * w.row_bytes() + c / 4, w.row_bytes(), kTernaryBlock,
+                       columns, unit, c, out.data());
+  return out;
 }
 
 class Random {
@@ -209,6 +221,45 @@ TEST_CASE("ternary_matmul: codes of 0 to 3, as -1 to 2, with the largest activat
         for (size_t r = 0; r < rows; r++) {  // a row alone, out of a matrix
           k->ternary_matmul(w.slice(r, 1), a, got.data(), 1);
           for (size_t t = 0; t < n; t++) CHECK(got[t] == expected[t * rows + r]);
+        }
+      }
+    }
+}
+
+TEST_CASE("add_columns: exact for every shape, whatever is 0") {
+  Random random(9);
+  for (const size_t rows : {128, 256, 384, 2560})
+    for (const int percent : {0, 1, 33, 100}) {  // that are not 0
+      const size_t cols = 512;
+      std::vector<uint8_t> any = random.bytes(rows * cols / 4), ternary = random.codes(rows * cols / 4);
+      std::fill_n(any.begin(), cols / 2, uint8_t{0xff});  // two rows of 3
+      std::vector<int8_t> x = random.int8s(cols);
+      const std::vector<uint8_t> chance = random.bytes(cols);
+      for (size_t i = 0; i < cols; i++) {
+        if (percent == 100) x[i] = i < cols / 2 ? int8_t{-128} : int8_t{127};  // the largest sums there are
+        if (chance[i] * 100 >= percent * 256) x[i] = 0;
+      }
+      for (const TernaryType type : {TernaryType::kCodes, TernaryType::kTrits}) {
+        const TernaryRows w{TernaryType::kCodes, type == TernaryType::kCodes ? any.data() : ternary.data(), rows, cols};
+        const std::vector<uint8_t> data = columns_of(w, type);
+        const TernaryColumns columns{type, data.data(), rows, cols};
+        const auto check = [&](auto&& add) {
+          std::vector<int32_t> sums(columns.n_units() * columns.unit_rows() + 1, 5), expected(rows);
+          for (const auto& [first, n, n_next] :
+               {std::array<size_t, 3>{0, 0, 32}, {0, 192, 192}, {192, 32, 160}, {416, 96, 0}})
+            add(columns, x.data(), first, n, n_next, sums.data());
+          std::vector<int8_t> seen = x;
+          std::fill(seen.begin() + 224, seen.begin() + 416, int8_t{0});
+          int32_t total = 0;
+          for (const int8_t v : seen) total += v;
+          kScalarKernels.ternary_matmul(w, {seen.data(), &total, 1}, expected.data(), rows);
+          for (size_t r = 0; r < rows; r++) CHECK(sums[r] == 5 + expected[r]);
+          CHECK(sums.back() == 5);
+        };
+        if (type == TernaryType::kCodes) check(kScalarKernels.add_columns);
+        for (const Kernels* k : vector_tables()) {
+          const auto add = type == TernaryType::kCodes ? k->add_columns : k->add_trit_columns;
+          if (add) check(add);
         }
       }
     }
@@ -429,4 +480,26 @@ TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and 
           check({TernaryType::kTrits, trits.data(), rows, cols});
         }
   }
+}
+
+TEST_CASE("lut_column_numbers: the numbers of rows, from columns") {
+  Random random(10);
+  const size_t rows = 2560, cols = 384;
+  const std::vector<uint8_t> codes = random.codes(rows * cols / 4);
+  const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
+  for (const Kernels* k : vector_tables())
+    for (const TernaryType type : {TernaryType::kCodes, TernaryType::kTrits}) {
+      if (type == TernaryType::kTrits && !k->add_trit_columns) continue;
+      const std::vector<uint8_t> data = columns_of(w, type);
+      const TernaryColumns columns{type, data.data(), rows, cols};
+      LutScratch expected(k->lut_lanes, cols), got(k->lut_lanes, cols);
+      const size_t unit = columns.unit_rows();
+      for (const auto& [first, n] : {std::pair{size_t{0}, 3 * unit}, {2 * unit, 2 * unit}, {2 * unit, unit + 64}}) {
+        k->lut_numbers(w.slice(first, n), expected);
+        k->lut_column_numbers(columns, first, n, got);
+        for (size_t step = 0; step < cols / 32; step++)
+          CHECK(std::memcmp(got.numbers + step * lut_step_bytes(n), expected.numbers + step * lut_step_bytes(n),
+                            n * kLutGroups) == 0);
+      }
+    }
 }

@@ -1,10 +1,12 @@
 // AVX2 + FMA + F16C + BMI2: what every x86-64 processor of AWS Lambda has.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 
+#include "columns.h"
 #include "half.h"
 #include "kernels.h"
 #include "prefetch.h"
@@ -143,6 +145,61 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   }
 }
 
+inline void find_nonzero(const int8_t* x, size_t first, size_t n, NonZero& out) {
+  for (size_t i = first; i < first + n; i += 32) {
+    const __m256i zeros = _mm256_cmpeq_epi8(load256(x + i), _mm256_setzero_si256());
+    for (uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(zeros)); mask != 0; mask &= mask - 1) {
+      const size_t column = i + static_cast<size_t>(std::countr_zero(mask));
+      out.columns[out.n] = static_cast<uint32_t>(column);
+      out.values[out.n++] = x[column];
+    }
+  }
+}
+
+// Two columns at a time: their bytes are brought side by side, so that one instruction multiplies two weights of a row
+// by their activations, and the sums of half a unit stay in registers.
+void add_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums) {
+  constexpr size_t kGroupsPerSum = 42;  // of at most 2 · 3 · 128
+  NonZero here, next;
+  find_nonzero(x, first, n, here);
+  find_nonzero(x, first + n, n_next, next);
+  const ColumnGroups<2> columns(w, here);
+  ColumnsAhead ahead(w, next, w.column_bytes() / 32 * columns.n);
+  const __m256i mask = _mm256_set1_epi8(3);
+  for (size_t at = 0; at < w.column_bytes(); at += 32) {
+    int32_t* to = sums + at / kColumnUnit * (4 * kColumnUnit) + at % kColumnUnit;
+    for (size_t begin = 0; begin < columns.n; begin += kGroupsPerSum) {
+      const size_t end = begin + kGroupsPerSum < columns.n ? begin + kGroupsPerSum : columns.n;
+      __m256i acc[4][2];
+      for (auto& plane : acc)
+        for (__m256i& a : plane) a = _mm256_setzero_si256();
+      for (size_t g = begin; g < end; g++) {
+        ahead.step();
+        const __m256i a = load256(columns.data(g, 0) + at), b = load256(columns.data(g, 1) + at);
+        const __m256i activations = _mm256_set1_epi16(columns.values(g));
+        const auto add = [&](__m256i codes, int i) {
+          for (int p = 0; p < 4; p++)
+            acc[p][i] = _mm256_add_epi16(
+                acc[p][i],
+                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 6 - 2 * p), mask), activations));
+        };
+        add(_mm256_unpacklo_epi8(a, b), 0);
+        add(_mm256_unpackhi_epi8(a, b), 1);
+      }
+      // A lane of 128 bits has the sums of eight rows, and the other half's have the eight after them.
+      const __m256i total = _mm256_set1_epi32(begin == 0 ? columns.total : 0);  // codes are weights + 1
+      for (int p = 0; p < 4; p++)
+        for (int i = 0; i < 4; i++) {
+          const __m256i v = acc[p][i % 2];
+          const __m256i sum = _mm256_cvtepi16_epi32(i < 2 ? _mm256_castsi256_si128(v) : _mm256_extracti128_si256(v, 1));
+          __m256i* out = reinterpret_cast<__m256i*>(to + p * 64 + i * 8);
+          _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), _mm256_sub_epi32(sum, total)));
+        }
+    }
+  }
+  ahead.finish();
+}
+
 #include "expand_trits.h"
 #include "ternary_lut.h"
 
@@ -155,11 +212,14 @@ const Kernels kAvx2Kernels = {
     .ternary_matmul = avx2::ternary_matmul,
     .ternary_select = avx2::ternary_select,
     .trit_matmul = nullptr,
+    .add_columns = avx2::add_columns,
+    .add_trit_columns = nullptr,
     .expand_trits = avx2::expand_trits,
     .lut_lanes = avx2::kLutLanes,
     .lut_min_tokens = 13,
     .lut_min_rest = 13,
     .lut_numbers = avx2::lut_numbers,
+    .lut_column_numbers = avx2::lut_column_numbers,
     .ternary_lut = avx2::ternary_lut,
     .transpose_tile = avx2::transpose_tile,
     .dequantize = avx2::dequantize,

@@ -1,11 +1,13 @@
 // AVX-512 with VNNI: F, BW, VL, DQ and VNNI are asked for at run time.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
 
 #include "avx512_vbmi.h"
+#include "columns.h"
 #include "half.h"
 #include "kernels.h"
 #include "prefetch.h"
@@ -84,6 +86,7 @@ inline __m128i products(const __m512i (&acc)[4], int32_t sum) {
 inline int32_t product(__m512i acc, int32_t sum) { return _mm512_reduce_add_epi32(acc) - sum; }
 
 using RowSums = __m512i;
+#include "columns_avx512.h"
 #include "one_token.h"
 
 // R rows by N tokens: their sums, lane by lane.
@@ -148,6 +151,40 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   }
 }
 
+// Four columns at a time, as in avx512_vbmi.cpp.
+void add_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums) {
+  NonZero here, next;
+  find_nonzero(x, first, n, here);
+  find_nonzero(x, first + n, n_next, next);
+  const ColumnGroups<4> columns(w, here);
+  ColumnsAhead ahead(w, next, w.n_units() * columns.n);
+  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
+                            _mm512_set1_epi8(0x03)};
+  for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 4 * kColumnUnit) {
+    __m512i acc[4][4];
+    for (auto& plane : acc)
+      for (__m512i& a : plane) a = zero32();
+    for (size_t g = 0; g < columns.n; g++) {
+      ahead.step();
+      const __m512i a = load512(columns.data(g, 0) + at), b = load512(columns.data(g, 1) + at);
+      const __m512i c = load512(columns.data(g, 2) + at), d = load512(columns.data(g, 3) + at);
+      const __m512i low01 = _mm512_unpacklo_epi8(a, b), high01 = _mm512_unpackhi_epi8(a, b);
+      const __m512i low23 = _mm512_unpacklo_epi8(c, d), high23 = _mm512_unpackhi_epi8(c, d);
+      const __m512i codes[4] = {_mm512_unpacklo_epi16(low01, low23), _mm512_unpackhi_epi16(low01, low23),
+                                _mm512_unpacklo_epi16(high01, high23), _mm512_unpackhi_epi16(high01, high23)};
+      const __m512i activations = _mm512_set1_epi32(columns.values(g));
+      for (int p = 0; p < 4; p++)
+        for (int i = 0; i < 4; i++)
+          acc[p][i] = _mm512_dpbusd_epi32(acc[p][i], _mm512_and_si512(codes[i], masks[p]), activations);
+    }
+    for (int p = 0; p < 4; p++) {
+      for (__m512i& a : acc[p]) a = _mm512_srai_epi32(a, static_cast<unsigned>(6 - 2 * p));
+      add_plane(acc[p], columns.total, sums + p * 64);
+    }
+  }
+  ahead.finish();
+}
+
 #include "expand_trits.h"
 #include "ternary_lut.h"
 
@@ -162,11 +199,14 @@ constexpr Kernels kTable = {
     .ternary_matmul = avx512::ternary_matmul,
     .ternary_select = avx512::ternary_select,
     .trit_matmul = nullptr,
+    .add_columns = avx512::add_columns,
+    .add_trit_columns = nullptr,
     .expand_trits = avx512::expand_trits,
     .lut_lanes = avx512::kLutLanes,
     .lut_min_tokens = 64,
     .lut_min_rest = 26,
     .lut_numbers = avx512::lut_numbers,
+    .lut_column_numbers = avx512::lut_column_numbers,
     .ternary_lut = avx512::ternary_lut,
     .transpose_tile = avx512::transpose_tile,
     .dequantize = avx512::dequantize,
@@ -189,6 +229,8 @@ constexpr Kernels with_trits(Kernels table) {
   table.lut_min_tokens = 32;  // multiplying is slower from trits than from codes
   table.lut_min_rest = 18;
   table.trit_matmul = avx512_vbmi::trit_matmul;
+  table.lut_column_numbers = avx512_vbmi::lut_column_numbers;
+  table.add_trit_columns = avx512_vbmi::add_trit_columns;
   return table;
 }
 

@@ -4,9 +4,12 @@
 
 #include <immintrin.h>
 
+#include <algorithm>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
+#include "columns.h"
 #include "kernels.h"
 
 #pragma GCC push_options
@@ -64,6 +67,16 @@ void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
   }
 }
 
+// Below 81, the difference that does not wrap around is the smallest.
+inline __m512i below81(__m512i v) {
+  const __m512i once = _mm512_set1_epi8(81), twice = _mm512_set1_epi8(static_cast<char>(162));
+  return _mm512_min_epu8(_mm512_min_epu8(v, _mm512_sub_epi8(v, once)), _mm512_sub_epi8(v, twice));
+}
+// Numbers of base 3 below 81 → four 2-bit codes.
+inline __m512i codes_of(__m512i q) {
+  return _mm512_permutex2var_epi8(load512(kTables.codes), q, load512(kTables.codes + 64));
+}
+
 // A token's activations in the order in which trits are used: for each half of a unit, those of codes 0 to 3 of its two
 // blocks side by side, then those of the fifth block. Zeros for the blocks that the last unit does not have.
 void lay_out(const int8_t* x, size_t cols, size_t units, int8_t* out) {
@@ -84,8 +97,6 @@ void lay_out(const int8_t* x, size_t cols, size_t units, int8_t* out) {
 inline __m512i row_by_token(const uint8_t* row, size_t halves, const int8_t* laid) {
   const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
                             _mm512_set1_epi8(0x03)};
-  const __m512i table_low = load512(kTables.codes), table_high = load512(kTables.codes + 64);
-  const __m512i once = _mm512_set1_epi8(81), twice = _mm512_set1_epi8(static_cast<char>(162));
   __m512i acc[5];
   for (__m512i& a : acc) {
     a = _mm512_setzero_si512();
@@ -94,9 +105,7 @@ inline __m512i row_by_token(const uint8_t* row, size_t halves, const int8_t* lai
   for (size_t half = 0; half < halves; half++, row += 64, laid += 5 * 64) {
     _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchBytes), _MM_HINT_T0);
     const __m512i v = load512(row);
-    // Below 81, the difference that does not wrap around is the smallest.
-    const __m512i q = _mm512_min_epu8(_mm512_min_epu8(v, _mm512_sub_epi8(v, once)), _mm512_sub_epi8(v, twice));
-    const __m512i codes = _mm512_permutex2var_epi8(table_low, q, table_high);
+    const __m512i q = below81(v), codes = codes_of(q);
     for (int c = 0; c < 4; c++)
       acc[c] = _mm512_dpbusd_epi32(acc[c], _mm512_and_si512(codes, masks[c]), load512(laid + c * 64));
     acc[4] = _mm512_dpbusd_epi32(acc[4], _mm512_sub_epi8(v, q), load512(laid + 4 * 64));
@@ -190,6 +199,74 @@ void trit_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_
     if (n == 2) by_tokens<2>(w, laid, x.sums + t, to, out_stride);
     if (n == 1) by_one_token(w, laid, x.sums[t], to);
   }
+}
+
+#include "columns_avx512.h"
+
+// The sums of half a unit's bytes: of those that kHigh says of each lane of 128 bits. Four columns at a time: their
+// bytes are brought side by side, so that one instruction multiplies four weights of a row by their activations.
+template <bool kHigh>
+inline void add_half(const ColumnGroups<4>& columns, size_t at, ColumnsAhead& ahead, __m512i (&out)[5][4]) {
+  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
+                            _mm512_set1_epi8(0x03)};
+  __m512i acc[5][2];
+  for (auto& plane : acc)
+    for (__m512i& a : plane) {
+      a = _mm512_setzero_si512();
+      __asm__("" : "+v"(a));  // as in row_by_token()
+    }
+  for (size_t g = 0; g < columns.n; g++) {
+    ahead.step();
+    const __m512i a = load512(columns.data(g, 0) + at), b = load512(columns.data(g, 1) + at);
+    const __m512i c = load512(columns.data(g, 2) + at), d = load512(columns.data(g, 3) + at);
+    const __m512i ab = kHigh ? _mm512_unpackhi_epi8(a, b) : _mm512_unpacklo_epi8(a, b);
+    const __m512i cd = kHigh ? _mm512_unpackhi_epi8(c, d) : _mm512_unpacklo_epi8(c, d);
+    const __m512i activations = _mm512_set1_epi32(columns.values(g));
+    for (int i = 0; i < 2; i++) {
+      const __m512i v = i == 0 ? _mm512_unpacklo_epi16(ab, cd) : _mm512_unpackhi_epi16(ab, cd);
+      const __m512i q = below81(v), codes = codes_of(q);
+      for (int p = 0; p < 4; p++)
+        acc[p][i] = _mm512_dpbusd_epi32(acc[p][i], _mm512_and_si512(codes, masks[p]), activations);
+      acc[4][i] = _mm512_dpbusd_epi32(acc[4][i], _mm512_sub_epi8(v, q), activations);
+    }
+  }
+  for (int p = 0; p < 5; p++)
+    for (int i = 0; i < 2; i++) out[p][kHigh ? 2 + i : i] = acc[p][i];
+}
+
+void add_trit_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums) {
+  NonZero here, next;
+  find_nonzero(x, first, n, here);
+  find_nonzero(x, first + n, n_next, next);
+  const ColumnGroups<4> columns(w, here);
+  ColumnsAhead ahead(w, next, 2 * w.n_units() * columns.n);
+  for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 5 * kColumnUnit) {
+    __m512i acc[5][4];
+    add_half<false>(columns, at, ahead, acc);
+    add_half<true>(columns, at, ahead, acc);
+    for (int p = 0; p < 5; p++) {
+      for (__m512i& a : acc[p])
+        a = p < 4 ? _mm512_srai_epi32(a, static_cast<unsigned>(6 - 2 * p))
+                  : _mm512_mullo_epi32(a, _mm512_set1_epi32(kInverse81));
+      add_plane(acc[p], columns.total, sums + p * 64);
+    }
+  }
+  ahead.finish();
+}
+
+#include "column_numbers.h"
+
+void lut_column_numbers(const TernaryColumns& w, size_t first_row, size_t n_rows, LutScratch& scratch) {
+  const bool trits = w.type == TernaryType::kTrits;
+  numbers_by_columns(w, first_row, n_rows, scratch, [trits](const uint8_t* line, uint8_t* codes, uint8_t* fifths) {
+    const __m512i v = load512(line);
+    if (!trits) return _mm512_store_si512(codes, v);
+    const __m512i q = below81(v);
+    _mm512_store_si512(codes, codes_of(q));
+    // 81 and 162 have the fifth code in their highest two bits.
+    const __m512i highest = _mm512_srli_epi16(_mm512_sub_epi8(v, q), 6);
+    _mm512_store_si512(fifths, _mm512_and_si512(highest, _mm512_set1_epi8(3)));
+  });
 }
 
 }  // namespace avx512_vbmi

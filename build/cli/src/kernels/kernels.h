@@ -56,6 +56,8 @@ std::string_view name_of(CacheType type);
 enum class TernaryType { kCodes, kTrits };
 inline constexpr size_t kCodeUnit = 160, kTritUnit = 128;  // bytes of five blocks as codes and as trits
 inline constexpr size_t kMaxTritCols = 16384;              // of a row that is computed with as it is
+inline constexpr size_t kColumnUnit = 64;                  // bytes of a column, see TernaryColumns
+inline constexpr size_t kMaxColumns = 192;                 // of one call
 
 // A run of rows of a ternary matrix.
 struct TernaryRows {
@@ -68,6 +70,21 @@ struct TernaryRows {
     return type == TernaryType::kCodes ? cols / 4 : (cols / 4 + kCodeUnit - 1) / kCodeUnit * kTritUnit;
   }
   TernaryRows slice(size_t first, size_t count) const { return {type, data + first * row_bytes(), count, cols}; }
+};
+
+// A ternary matrix by columns, for activations of which many are 0: the columns of those are not read. A column is
+// whole units of 64 bytes, of which byte p holds the weights of rows p, p + 64, p + 128, …: four of them as codes, from
+// the highest two bits down, or five as trits, a number of base 3, the first being its highest digit, plus 81 times
+// the fifth.
+struct TernaryColumns {
+  TernaryType type;
+  const uint8_t* data;  // (cols, column_bytes())
+  size_t rows;
+  size_t cols;
+
+  size_t unit_rows() const { return kColumnUnit * (type == TernaryType::kCodes ? 4 : 5); }
+  size_t n_units() const { return (rows + unit_rows() - 1) / unit_rows(); }
+  size_t column_bytes() const { return n_units() * kColumnUnit; }
 };
 
 // Quantised activations of several tokens.
@@ -149,6 +166,13 @@ struct Kernels {
   // better.
   void (*trit_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
+  // sums[r] += Σ x[c] · weight[r][c] for the n columns from `first` on, exactly, for whole units of rows; a column
+  // whose activation is 0 is not read. Asks for what the n_next columns after them need meanwhile. n and n_next:
+  // multiples of 32, at most kMaxColumns. Of codes.
+  void (*add_columns)(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums);
+  void (*add_trit_columns)(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next,
+                           int32_t* sums);  // of trits, or nullptr like trit_matmul
+
   // Five trits in a byte → 2-bit codes of I2_S: each unit of 128 bytes gives 160. The bytes of a unit are four rows of
   // 32, and so are the first four of its five blocks of codes: byte p of row i is the block's byte p as a number of
   // base 3, plus 81 times code i of the fifth block's byte p.
@@ -160,6 +184,9 @@ struct Kernels {
   size_t lut_min_tokens;  // a batch of fewer is faster by multiplication, …
   size_t lut_min_rest;    // … and so is a last tile of fewer
   void (*lut_numbers)(const TernaryRows& w, LutScratch& scratch);
+  // Of codes by columns, and of trits where there is add_trit_columns; first_row begins a unit, n_rows is a multiple of
+  // 64.
+  void (*lut_column_numbers)(const TernaryColumns& w, size_t first_row, size_t n_rows, LutScratch& scratch);
   // Then those rows times a tile, dequantised: out[t · out_stride + r] = float(Σ) / activation_scales[t] ·
   // weight_scale. x is as transpose_tile writes it, values within ±127; n_tokens ≤ lut_lanes.
   void (*ternary_lut)(size_t rows, size_t cols, const int8_t* x, size_t n_tokens, const float* activation_scales,
@@ -211,6 +238,12 @@ Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA, F16C or 
 
 // Rows of trits → rows of codes, (rows, cols / 4).
 void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& trits, uint8_t* codes);
+
+// Rows of codes, code_stride bytes apart, those of a unit of w, n_cols columns of each, a multiple of kTernaryBlock →
+// that unit of as many columns of w from the first on, at `out`. Of 0 to 2, or 3 where w is of codes. Rows that the
+// last unit does not have are filled with something.
+void codes_to_columns(const uint8_t* codes, size_t code_stride, size_t n_cols, const TernaryColumns& w, size_t unit,
+                      size_t first_col, uint8_t* out);
 
 // Bytes of one position's key or value, and of a chunk's keys or values.
 size_t position_bytes(CacheType type, size_t head_dim);

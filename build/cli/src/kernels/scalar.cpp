@@ -34,6 +34,18 @@ void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const 
   for (size_t i = 0; i < n; i++) ternary_matmul(w.slice(rows[i], 1), x, &out[i], 1);
 }
 
+void add_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t, int32_t* sums) {
+  for (size_t c = first; c < first + n; c++) {
+    if (x[c] == 0) continue;
+    const uint8_t* codes = w.data + c * w.column_bytes();
+    for (size_t r = 0; r < w.n_units() * w.unit_rows(); r++) {
+      const size_t unit = r / w.unit_rows(), plane = r % w.unit_rows() / kColumnUnit, byte = r % kColumnUnit;
+      const int code = codes[unit * kColumnUnit + byte] >> (6 - 2 * plane) & 3;
+      sums[r] += (code - 1) * x[c];
+    }
+  }
+}
+
 void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
   for (size_t u = 0; u < units; u++, packed += 128, codes += 160)
     for (size_t p = 0; p < 32; p++) {
@@ -56,11 +68,14 @@ const Kernels kScalarKernels = {
     .ternary_matmul = scalar::ternary_matmul,
     .ternary_select = scalar::ternary_select,
     .trit_matmul = nullptr,
+    .add_columns = scalar::add_columns,
+    .add_trit_columns = nullptr,
     .expand_trits = scalar::expand_trits,
     .lut_lanes = 0,
     .lut_min_tokens = 0,
     .lut_min_rest = 0,
     .lut_numbers = nullptr,
+    .lut_column_numbers = nullptr,
     .ternary_lut = nullptr,
     .transpose_tile = nullptr,
     .dequantize = scalar::dequantize,

@@ -57,6 +57,16 @@ void lut_numbers(const TernaryRows& w, LutScratch& scratch) {
   }
 }
 
+#include "column_numbers.h"
+
+// The same of a matrix of codes by columns.
+void lut_column_numbers(const TernaryColumns& w, size_t first_row, size_t n_rows, LutScratch& scratch) {
+  numbers_by_columns(w, first_row, n_rows, scratch, [](const uint8_t* line, uint8_t* codes, uint8_t*) {
+    for (size_t i = 0; i < kColumnUnit; i += 32)
+      _mm256_store_si256(reinterpret_cast<__m256i*>(codes + i), load256(line + i));
+  });
+}
+
 // All sums of four columns: entry 27 a + 9 b + 3 c + d is (a − 1) x₀ + (b − 1) x₁ + (c − 1) x₂ + (d − 1) x₃. x: (4
 // columns, 32 apart; kLutLanes).
 inline void fill_table(const int8_t* x, int16_t* table) {
