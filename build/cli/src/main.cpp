@@ -362,7 +362,7 @@ struct Info {
     }
     const Model model(file);
     const Config& c = model.config();
-    std::printf("\nparameters %zu, weights read for a token %zu bytes\n", model.n_params(),
+    std::printf("\nparameters %zu, weights read for a token %zu bytes at most\n", model.n_params(),
                 model.bytes_per_token(kernels_for(best_isa())));
     for (const CacheType type : kCacheTypes)
       std::printf("KV cache (%s) %zu bytes a position, %zu for %zu\n", std::string(name_of(type)).c_str(),

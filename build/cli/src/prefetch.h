@@ -14,17 +14,7 @@ inline void prefetch(const void* data, size_t bytes) {
     __asm__ volatile("prefetcht1 %0" : : "m"(static_cast<const char*>(data)[at]));
 }
 
+// One line, into the first-level cache.
 inline void prefetch_line(const uint8_t* line) { __asm__ volatile("prefetcht0 %0" : : "m"(*line)); }
-
-// Runs of lines that lie apart are asked for in two steps: first two lines of each four, and later, nearer to their
-// use, the others. A core waits for some twenty lines that it has named and no more; but two neighbours make the
-// second-level cache fetch on its own what follows them (Zen 5: two fifths more bytes a second).
-enum class Lines { kFirstPairs, kSecondPairs };
-inline void prefetch(const uint8_t* data, size_t bytes, Lines lines) {
-  for (size_t at = lines == Lines::kFirstPairs ? 0 : 128; at < bytes; at += 256) {
-    prefetch_line(data + at);
-    prefetch_line(data + at + 64);
-  }
-}
 
 }  // namespace bitnet

@@ -1,7 +1,6 @@
 // AVX2 + FMA + F16C + BMI2: what every x86-64 processor of AWS Lambda has.
 #include <immintrin.h>
 
-#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>

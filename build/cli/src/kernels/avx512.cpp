@@ -1,7 +1,6 @@
 // AVX-512 with VNNI: F, BW, VL, DQ and VNNI are asked for at run time.
 #include <immintrin.h>
 
-#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>

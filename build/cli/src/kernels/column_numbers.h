@@ -83,9 +83,10 @@ inline void numbers_by_columns(const TernaryColumns& w, size_t first_row, size_t
         if (step + 1 < n_steps) prefetch_line(column(step + 1, i) + u * kColumnUnit);
         decode(column(step, i) + u * kColumnUnit, step_codes.codes[i], step_codes.fifths[i]);
       }
-      const size_t n_planes = (std::min(unit_rows, n_rows - u * unit_rows) + kColumnUnit - 1) / kColumnUnit;
+      const size_t rows_left = n_rows - u * unit_rows, rows = rows_left < unit_rows ? rows_left : unit_rows;
+      const size_t n_planes = rows / kColumnUnit;
       uint8_t* numbers = out + u * unit_rows * kLutGroups;
-      put_numbers(step_codes.codes, 0, std::min(n_planes, size_t{4}), numbers);
+      put_numbers(step_codes.codes, 0, n_planes < 4 ? n_planes : 4, numbers);
       if (n_planes == 5) put_numbers(step_codes.fifths, 3, 1, numbers + 4 * kColumnUnit * kLutGroups);
     }
   }
