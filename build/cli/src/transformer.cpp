@@ -250,20 +250,28 @@ void Transformer::add_columns(const Projection& projection, size_t first_token, 
   const TernaryColumns columns = w.columns();
   const size_t n_rows = columns.n_units() * columns.unit_rows(), n_pieces = ceil_div(w.cols, kMaxColumns);
   const auto add = w.type == TernaryType::kCodes ? kernels_.add_columns : kernels_.add_trit_columns;
-  const auto width = [&](size_t piece) { return std::min(kMaxColumns, w.cols - piece * kMaxColumns); };
+  const auto run = [&](size_t piece) {
+    return ColumnRun{piece * kMaxColumns, std::min(kMaxColumns, w.cols - piece * kMaxColumns)};
+  };
   const int8_t* x = &quantised_[first_token * w.cols];
   for (ColumnSums& s : column_sums_) s.any = false;
   const auto add_piece = [&](size_t piece, size_t thread) {
     ColumnSums& s = column_sums_[thread];
-    const size_t first = piece * kMaxColumns, n = width(piece);
-    if (!s.any) {
-      s.any = true;
-      std::fill_n(s.sums.begin(), n_tokens * n_rows, 0);
-      add(columns, x, first, 0, n, s.sums.data());  // asks for the first columns
-    }
-    const size_t n_next = piece + 1 < pool_.first_piece(n_pieces, thread + 1) ? width(piece + 1) : 0;
-    for (size_t i = 0; i < n_tokens; i++) add(columns, x + i * w.cols, first, n, n_next, &s.sums[i * n_rows]);
-    s.bytes_skipped += common_zeros(x + first, n, n_tokens, w.cols) * columns.column_bytes();
+    const ColumnRun here = run(piece);
+    // A thread goes through its own pieces forwards and through another's backwards, if it does so twice.
+    const size_t begin = pool_.first_piece(n_pieces, thread), end = pool_.first_piece(n_pieces, thread + 1);
+    const bool own = piece >= begin && piece < end;
+    std::optional<size_t> next;
+    if (own && piece + 1 < end) next = piece + 1;
+    if (!own && s.any && s.last == piece + 1 && piece > 0) next = piece - 1;
+    if (!s.any) std::fill_n(s.sums.begin(), n_tokens * n_rows, 0);
+    if (!s.any || s.asked != piece) add(columns, x, {}, here, s.sums.data());
+    for (size_t i = 0; i < n_tokens; i++)
+      add(columns, x + i * w.cols, here, next ? run(*next) : ColumnRun{}, &s.sums[i * n_rows]);
+    s.any = true;
+    s.last = piece;
+    s.asked = next;
+    s.bytes_skipped += common_zeros(x + here.first, here.n, n_tokens, w.cols) * columns.column_bytes();
   };
   pool_.for_each(n_pieces, add_piece, then);
   const auto finish = [&](size_t i, size_t) {

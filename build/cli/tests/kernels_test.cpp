@@ -4,7 +4,6 @@
 
 #include <doctest/doctest.h>
 
-#include <array>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -243,11 +242,12 @@ TEST_CASE("add_columns: exact for every shape, whatever is 0") {
         const TernaryRows w{TernaryType::kCodes, type == TernaryType::kCodes ? any.data() : ternary.data(), rows, cols};
         const std::vector<uint8_t> data = columns_of(w, type);
         const TernaryColumns columns{type, data.data(), rows, cols};
-        const auto check = [&](auto&& add) {
+        const auto check = [&](decltype(Kernels::add_columns) add) {
           std::vector<int32_t> sums(columns.n_units() * columns.unit_rows() + 1, 5), expected(rows);
-          for (const auto& [first, n, n_next] :
-               {std::array<size_t, 3>{0, 0, 32}, {0, 192, 192}, {192, 32, 160}, {416, 96, 0}})
-            add(columns, x.data(), first, n, n_next, sums.data());
+          add(columns, x.data(), {}, {0, 32}, sums.data());
+          add(columns, x.data(), {0, 192}, {192, 192}, sums.data());
+          add(columns, x.data(), {192, 32}, {0, 160}, sums.data());
+          add(columns, x.data(), {416, 96}, {}, sums.data());
           std::vector<int8_t> seen = x;
           std::fill(seen.begin() + 224, seen.begin() + 416, int8_t{0});
           int32_t total = 0;

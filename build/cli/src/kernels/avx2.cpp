@@ -144,8 +144,8 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   }
 }
 
-inline void find_nonzero(const int8_t* x, size_t first, size_t n, NonZero& out) {
-  for (size_t i = first; i < first + n; i += 32) {
+inline void find_nonzero(const int8_t* x, ColumnRun run, NonZero& out) {
+  for (size_t i = run.first; i < run.first + run.n; i += 32) {
     const __m256i zeros = _mm256_cmpeq_epi8(load256(x + i), _mm256_setzero_si256());
     for (uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(zeros)); mask != 0; mask &= mask - 1) {
       const size_t column = i + static_cast<size_t>(std::countr_zero(mask));
@@ -157,13 +157,13 @@ inline void find_nonzero(const int8_t* x, size_t first, size_t n, NonZero& out) 
 
 // Two columns at a time: their bytes are brought side by side, so that one instruction multiplies two weights of a row
 // by their activations, and the sums of half a unit stay in registers.
-void add_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums) {
+void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
   constexpr size_t kGroupsPerSum = 42;  // of at most 2 · 3 · 128
-  NonZero here, next;
-  find_nonzero(x, first, n, here);
-  find_nonzero(x, first + n, n_next, next);
-  const ColumnGroups<2> columns(w, here);
-  ColumnsAhead ahead(w, next, w.column_bytes() / 32 * columns.n);
+  NonZero now, later;
+  find_nonzero(x, here, now);
+  find_nonzero(x, next, later);
+  const ColumnGroups<2> columns(w, now);
+  ColumnsAhead ahead(w, later, w.column_bytes() / 32 * columns.n);
   const __m256i mask = _mm256_set1_epi8(3);
   for (size_t at = 0; at < w.column_bytes(); at += 32) {
     int32_t* to = sums + at / kColumnUnit * (4 * kColumnUnit) + at % kColumnUnit;

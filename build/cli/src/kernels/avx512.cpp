@@ -151,12 +151,12 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
 }
 
 // Four columns at a time, as in avx512_vbmi.cpp.
-void add_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums) {
-  NonZero here, next;
-  find_nonzero(x, first, n, here);
-  find_nonzero(x, first + n, n_next, next);
-  const ColumnGroups<4> columns(w, here);
-  ColumnsAhead ahead(w, next, w.n_units() * columns.n);
+void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
+  NonZero now, later;
+  find_nonzero(x, here, now);
+  find_nonzero(x, next, later);
+  const ColumnGroups<4> columns(w, now);
+  ColumnsAhead ahead(w, later, w.n_units() * columns.n);
   const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
                             _mm512_set1_epi8(0x03)};
   for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 4 * kColumnUnit) {

@@ -233,12 +233,12 @@ inline void add_half(const ColumnGroups<4>& columns, size_t at, ColumnsAhead& ah
     for (int i = 0; i < 2; i++) out[p][kHigh ? 2 + i : i] = acc[p][i];
 }
 
-void add_trit_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums) {
-  NonZero here, next;
-  find_nonzero(x, first, n, here);
-  find_nonzero(x, first + n, n_next, next);
-  const ColumnGroups<4> columns(w, here);
-  ColumnsAhead ahead(w, next, 2 * w.n_units() * columns.n);
+void add_trit_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
+  NonZero now, later;
+  find_nonzero(x, here, now);
+  find_nonzero(x, next, later);
+  const ColumnGroups<4> columns(w, now);
+  ColumnsAhead ahead(w, later, 2 * w.n_units() * columns.n);
   for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 5 * kColumnUnit) {
     __m512i acc[5][4];
     add_half<false>(columns, at, ahead, acc);

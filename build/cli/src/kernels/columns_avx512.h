@@ -1,9 +1,9 @@
 // What the products by columns need of AVX-512. Included by avx512.cpp and avx512_vbmi.cpp, inside their namespaces.
 
-inline void find_nonzero(const int8_t* x, size_t first, size_t n, NonZero& out) {
+inline void find_nonzero(const int8_t* x, ColumnRun run, NonZero& out) {
   const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512i here = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(first)), steps);
-  for (size_t i = first; i < first + n; i += 16, here = _mm512_add_epi32(here, _mm512_set1_epi32(16))) {
+  __m512i here = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(run.first)), steps);
+  for (size_t i = run.first; i < run.first + run.n; i += 16, here = _mm512_add_epi32(here, _mm512_set1_epi32(16))) {
     const __m512i v = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
     const __mmask16 mask = _mm512_test_epi32_mask(v, v);
     _mm512_storeu_si512(out.columns + out.n, _mm512_maskz_compress_epi32(mask, here));

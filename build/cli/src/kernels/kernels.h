@@ -57,7 +57,7 @@ enum class TernaryType { kCodes, kTrits };
 inline constexpr size_t kCodeUnit = 160, kTritUnit = 128;  // bytes of five blocks as codes and as trits
 inline constexpr size_t kMaxTritCols = 16384;              // of a row that is computed with as it is
 inline constexpr size_t kColumnUnit = 64;                  // bytes of a column, see TernaryColumns
-inline constexpr size_t kMaxColumns = 192;                 // of one call
+inline constexpr size_t kMaxColumns = 192;                 // of a run
 
 // A run of rows of a ternary matrix.
 struct TernaryRows {
@@ -85,6 +85,11 @@ struct TernaryColumns {
   size_t unit_rows() const { return kColumnUnit * (type == TernaryType::kCodes ? 4 : 5); }
   size_t n_units() const { return (rows + unit_rows() - 1) / unit_rows(); }
   size_t column_bytes() const { return n_units() * kColumnUnit; }
+};
+
+// Columns from the first on: multiples of 32, at most kMaxColumns.
+struct ColumnRun {
+  size_t first = 0, n = 0;
 };
 
 // Quantised activations of several tokens.
@@ -166,11 +171,10 @@ struct Kernels {
   // better.
   void (*trit_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
-  // sums[r] += Σ x[c] · weight[r][c] for the n columns from `first` on, exactly, for whole units of rows; a column
-  // whose activation is 0 is not read. Asks for what the n_next columns after them need meanwhile. n and n_next:
-  // multiples of 32, at most kMaxColumns. Of codes.
-  void (*add_columns)(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next, int32_t* sums);
-  void (*add_trit_columns)(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t n_next,
+  // sums[r] += Σ x[c] · weight[r][c] for the columns `here`, exactly, for whole units of rows; a column whose
+  // activation is 0 is not read. Asks for what `next` will need meanwhile. Of codes.
+  void (*add_columns)(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums);
+  void (*add_trit_columns)(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next,
                            int32_t* sums);  // of trits, or nullptr like trit_matmul
 
   // Five trits in a byte → 2-bit codes of I2_S: each unit of 128 bytes gives 160. The bytes of a unit are four rows of

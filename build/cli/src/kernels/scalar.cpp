@@ -34,8 +34,8 @@ void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const 
   for (size_t i = 0; i < n; i++) ternary_matmul(w.slice(rows[i], 1), x, &out[i], 1);
 }
 
-void add_columns(const TernaryColumns& w, const int8_t* x, size_t first, size_t n, size_t, int32_t* sums) {
-  for (size_t c = first; c < first + n; c++) {
+void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun, int32_t* sums) {
+  for (size_t c = here.first; c < here.first + here.n; c++) {
     if (x[c] == 0) continue;
     const uint8_t* codes = w.data + c * w.column_bytes();
     for (size_t r = 0; r < w.n_units() * w.unit_rows(); r++) {
