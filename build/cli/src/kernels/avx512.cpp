@@ -157,8 +157,6 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
   find_nonzero(x, next, later);
   const ColumnGroups<4> columns(w, now);
   ColumnsAhead ahead(w, later, w.n_units() * columns.n);
-  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
-                            _mm512_set1_epi8(0x03)};
   for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 4 * kColumnUnit) {
     __m512i acc[4][4];
     for (auto& plane : acc)
@@ -174,7 +172,7 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
       const __m512i activations = _mm512_set1_epi32(columns.values(g));
       for (int p = 0; p < 4; p++)
         for (int i = 0; i < 4; i++)
-          acc[p][i] = _mm512_dpbusd_epi32(acc[p][i], _mm512_and_si512(codes[i], masks[p]), activations);
+          acc[p][i] = _mm512_dpbusd_epi32(acc[p][i], _mm512_and_si512(codes[i], code_mask(p)), activations);
     }
     for (int p = 0; p < 4; p++) {
       for (__m512i& a : acc[p]) a = _mm512_srai_epi32(a, static_cast<unsigned>(6 - 2 * p));

@@ -66,6 +66,16 @@ void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
   }
 }
 
+#include "columns_avx512.h"
+
+// Zeros that GCC takes for numbers like others: sums that begin with the constant it moves to another register and back
+// at every step.
+inline __m512i zeros() {
+  __m512i a = _mm512_setzero_si512();
+  __asm__("" : "+v"(a));
+  return a;
+}
+
 // Below 81, the difference that does not wrap around is the smallest.
 inline __m512i below81(__m512i v) {
   const __m512i once = _mm512_set1_epi8(81), twice = _mm512_set1_epi8(static_cast<char>(162));
@@ -94,19 +104,14 @@ void lay_out(const int8_t* x, size_t cols, size_t units, int8_t* out) {
 // large. Codes stay where they are in their bytes: the sums with those of bits 2, 4 and 6 are 4, 16 and 64 times too
 // large.
 inline __m512i row_by_token(const uint8_t* row, size_t halves, const int8_t* laid) {
-  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
-                            _mm512_set1_epi8(0x03)};
   __m512i acc[5];
-  for (__m512i& a : acc) {
-    a = _mm512_setzero_si512();
-    __asm__("" : "+v"(a));  // or GCC would move every sum to another register and back in each step
-  }
+  for (__m512i& a : acc) a = zeros();
   for (size_t half = 0; half < halves; half++, row += 64, laid += 5 * 64) {
     _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchBytes), _MM_HINT_T0);
     const __m512i v = load512(row);
     const __m512i q = below81(v), codes = codes_of(q);
     for (int c = 0; c < 4; c++)
-      acc[c] = _mm512_dpbusd_epi32(acc[c], _mm512_and_si512(codes, masks[c]), load512(laid + c * 64));
+      acc[c] = _mm512_dpbusd_epi32(acc[c], _mm512_and_si512(codes, code_mask(c)), load512(laid + c * 64));
     acc[4] = _mm512_dpbusd_epi32(acc[4], _mm512_sub_epi8(v, q), load512(laid + 4 * 64));
   }
   const __m512i high = _mm512_add_epi32(_mm512_srai_epi32(acc[0], 6), _mm512_srai_epi32(acc[1], 4));
@@ -200,20 +205,13 @@ void trit_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_
   }
 }
 
-#include "columns_avx512.h"
-
 // The sums of half a unit's bytes: of those that kHigh says of each lane of 128 bits. Four columns at a time: their
 // bytes are brought side by side, so that one instruction multiplies four weights of a row by their activations.
 template <bool kHigh>
 inline void add_half(const ColumnGroups<4>& columns, size_t at, ColumnsAhead& ahead, __m512i (&out)[5][4]) {
-  const __m512i masks[4] = {_mm512_set1_epi8(static_cast<char>(0xc0)), _mm512_set1_epi8(0x30), _mm512_set1_epi8(0x0c),
-                            _mm512_set1_epi8(0x03)};
   __m512i acc[5][2];
   for (auto& plane : acc)
-    for (__m512i& a : plane) {
-      a = _mm512_setzero_si512();
-      __asm__("" : "+v"(a));  // as in row_by_token()
-    }
+    for (__m512i& a : plane) a = zeros();
   for (size_t g = 0; g < columns.n; g++) {
     ahead.step();
     const __m512i a = load512(columns.data(g, 0) + at), b = load512(columns.data(g, 1) + at);
@@ -225,7 +223,7 @@ inline void add_half(const ColumnGroups<4>& columns, size_t at, ColumnsAhead& ah
       const __m512i v = i == 0 ? _mm512_unpacklo_epi16(ab, cd) : _mm512_unpackhi_epi16(ab, cd);
       const __m512i q = below81(v), codes = codes_of(q);
       for (int p = 0; p < 4; p++)
-        acc[p][i] = _mm512_dpbusd_epi32(acc[p][i], _mm512_and_si512(codes, masks[p]), activations);
+        acc[p][i] = _mm512_dpbusd_epi32(acc[p][i], _mm512_and_si512(codes, code_mask(p)), activations);
       acc[4][i] = _mm512_dpbusd_epi32(acc[4][i], _mm512_sub_epi8(v, q), activations);
     }
   }

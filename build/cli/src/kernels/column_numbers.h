@@ -1,6 +1,16 @@
 // The numbers that look-up uses, of a matrix by columns. Included by ternary_lut.h and avx512_vbmi.cpp, inside their
 // namespaces.
 
+// The lower nibbles of each byte, two 2-bit codes each → one number of base 3: both are looked up and added.
+inline __m256i base3(__m256i first, __m256i last) {
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 0, 0, 0, 0));
+  const __m256i high =
+      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 9, 18, 0, 27, 36, 45, 0, 54, 63, 72, 0, 0, 0, 0, 0));
+  return _mm256_add_epi8(_mm256_shuffle_epi8(low, _mm256_and_si256(last, nibble)),
+                         _mm256_shuffle_epi8(high, _mm256_and_si256(first, nibble)));
+}
+
 // Eight registers of a byte for each of 32 rows → eight bytes of each row, row after row.
 inline void rows_of_eight(__m256i (&m)[8], uint8_t* out) {
   __m256i a[8], b[8];
@@ -30,12 +40,7 @@ struct StepCodes {
 // The numbers of the rows of some planes, from `first` on; out: (n_planes · 64, kLutGroups).
 inline void put_numbers(const uint8_t (&codes)[StepCodes::kColumns][kColumnUnit], size_t first, size_t n_planes,
                         uint8_t* out) {
-  // Two codes of a nibble, the first in its upper bits, as digits of base 3.
-  const __m256i lower = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 0, 0, 0, 0));
-  const __m256i upper =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 9, 18, 0, 27, 36, 45, 0, 54, 63, 72, 0, 0, 0, 0, 0));
   const __m256i in_upper = _mm256_set1_epi8(static_cast<char>(0xcc)), in_lower = _mm256_set1_epi8(0x33);
-  const __m256i nibble = _mm256_set1_epi8(15);
   for (size_t half = 0; half < kColumnUnit; half += 32) {
     __m256i numbers[4][kLutGroups];
     for (size_t g = 0; g < kLutGroups; g++) {
@@ -49,15 +54,11 @@ inline void put_numbers(const uint8_t (&codes)[StepCodes::kColumns][kColumnUnit]
       const auto odd = [&](__m256i x, __m256i y) {  // of planes 1 and 3
         return _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(x, 2), in_upper), _mm256_and_si256(y, in_lower));
       };
-      const auto number = [&](__m256i ab, __m256i cd) {
-        return _mm256_add_epi8(_mm256_shuffle_epi8(upper, _mm256_and_si256(ab, nibble)),
-                               _mm256_shuffle_epi8(lower, _mm256_and_si256(cd, nibble)));
-      };
       const __m256i ab02 = even(a, b), cd02 = even(c, d), ab13 = odd(a, b), cd13 = odd(c, d);
-      numbers[0][g] = number(_mm256_srli_epi16(ab02, 4), _mm256_srli_epi16(cd02, 4));
-      numbers[1][g] = number(_mm256_srli_epi16(ab13, 4), _mm256_srli_epi16(cd13, 4));
-      numbers[2][g] = number(ab02, cd02);
-      numbers[3][g] = number(ab13, cd13);
+      numbers[0][g] = base3(_mm256_srli_epi16(ab02, 4), _mm256_srli_epi16(cd02, 4));
+      numbers[1][g] = base3(_mm256_srli_epi16(ab13, 4), _mm256_srli_epi16(cd13, 4));
+      numbers[2][g] = base3(ab02, cd02);
+      numbers[3][g] = base3(ab13, cd13);
     }
     for (size_t p = 0; p < n_planes; p++)
       rows_of_eight(numbers[first + p], out + (p * kColumnUnit + half) * kLutGroups);

@@ -1,5 +1,8 @@
 // What the products by columns need of AVX-512. Included by avx512.cpp and avx512_vbmi.cpp, inside their namespaces.
 
+// The bits of the code c of a byte.
+inline __m512i code_mask(int c) { return _mm512_set1_epi8(static_cast<char>(0xc0 >> (2 * c))); }
+
 inline void find_nonzero(const int8_t* x, ColumnRun run, NonZero& out) {
   const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i here = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(run.first)), steps);

@@ -77,19 +77,7 @@ void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const T
 
 namespace {
 
-// Sixteen rows of sixteen bytes → sixteen columns. Four perfect shuffles of the rows transpose them.
-void transpose16(const uint8_t* in, size_t in_stride, uint8_t* out, size_t out_stride) {
-  __m128i m[16], n[16];
-  for (size_t i = 0; i < 16; i++) m[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(in + i * in_stride));
-  for (int round = 0; round < 4; round++) {
-    for (int i = 0; i < 8; i++) {
-      n[2 * i] = _mm_unpacklo_epi8(m[i], m[i + 8]);
-      n[2 * i + 1] = _mm_unpackhi_epi8(m[i], m[i + 8]);
-    }
-    for (int i = 0; i < 16; i++) m[i] = n[i];
-  }
-  for (size_t i = 0; i < 16; i++) _mm_storeu_si128(reinterpret_cast<__m128i*>(out + i * out_stride), m[i]);
-}
+#include "transpose16.h"
 
 }  // namespace
 
@@ -98,10 +86,15 @@ void codes_to_columns(const uint8_t* codes, size_t code_stride, size_t n_cols, c
   constexpr size_t kMaxPlanes = 5, kSide = 16;
   const size_t first_row = unit * w.unit_rows(), n_rows = std::min(w.unit_rows(), w.rows - first_row);
   for (size_t begin = 0; begin < n_cols / 4; begin += kSide) {
-    uint8_t planes[kSide][kMaxPlanes][kColumnUnit] = {};
-    for (size_t r = 0; r < n_rows; r += kSide)
-      transpose16(codes + r * code_stride + begin, code_stride, &planes[0][r / kColumnUnit][r % kColumnUnit],
-                  sizeof planes[0]);
+    alignas(16) uint8_t planes[kSide][kMaxPlanes][kColumnUnit] = {};
+    for (size_t r = 0; r < n_rows; r += kSide) {
+      __m128i m[kSide];
+      for (size_t i = 0; i < kSide; i++)
+        m[i] = _mm_loadu_si128(reinterpret_cast<const __m128i*>(codes + (r + i) * code_stride + begin));
+      transpose16(m);
+      for (size_t i = 0; i < kSide; i++)
+        _mm_store_si128(reinterpret_cast<__m128i*>(&planes[i][r / kColumnUnit][r % kColumnUnit]), m[i]);
+    }
     for (size_t byte = begin; byte < begin + kSide; byte++)
       for (size_t i = 0; i < 4; i++) {
         const size_t column = first_col + byte / 32 * kTernaryBlock + i * 32 + byte % 32;

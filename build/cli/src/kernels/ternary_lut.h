@@ -8,15 +8,11 @@
 
 static_assert(kLutLanes <= kMaxLutLanes);
 
-// 2-bit codes → numbers of base 3, for 32 bytes: both nibbles are looked up and added.
-inline __m256i base3(__m256i codes) {
-  const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i low = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 1, 2, 0, 3, 4, 5, 0, 6, 7, 8, 0, 0, 0, 0, 0));
-  const __m256i high =
-      _mm256_broadcastsi128_si256(_mm_setr_epi8(0, 9, 18, 0, 27, 36, 45, 0, 54, 63, 72, 0, 0, 0, 0, 0));
-  return _mm256_add_epi8(_mm256_shuffle_epi8(low, _mm256_and_si256(codes, nibble)),
-                         _mm256_shuffle_epi8(high, _mm256_and_si256(_mm256_srli_epi16(codes, 4), nibble)));
-}
+#include "column_numbers.h"
+#include "transpose16.h"
+
+// 2-bit codes → numbers of base 3, for 32 bytes.
+inline __m256i base3(__m256i codes) { return base3(_mm256_srli_epi16(codes, 4), codes); }
 
 // Four rows of four numbers of 64 bits → four columns.
 inline void transpose4(__m256i (&m)[4]) {
@@ -56,8 +52,6 @@ void lut_numbers(const TernaryRows& w, LutScratch& scratch) {
     }
   }
 }
-
-#include "column_numbers.h"
 
 // The same of a matrix of codes by columns.
 void lut_column_numbers(const TernaryColumns& w, size_t first_row, size_t n_rows, LutScratch& scratch) {
@@ -203,17 +197,11 @@ void ternary_lut(size_t rows, size_t cols, const int8_t* x, size_t n_tokens, con
 void transpose_tile(const int8_t* values, size_t cols, size_t n_tokens, int8_t* out) {
   for (size_t first = 0; first < kLutLanes; first += 16)
     for (size_t k = 0; k < cols; k += 16) {
-      __m128i m[16], n[16];
+      __m128i m[16];
       for (size_t t = 0; t < 16; t++)
         m[t] = first + t < n_tokens ? _mm_loadu_si128(reinterpret_cast<const __m128i*>(values + (first + t) * cols + k))
                                     : _mm_setzero_si128();
-      for (int round = 0; round < 4; round++) {  // four perfect shuffles of sixteen rows transpose them
-        for (int i = 0; i < 8; i++) {
-          n[2 * i] = _mm_unpacklo_epi8(m[i], m[i + 8]);
-          n[2 * i + 1] = _mm_unpackhi_epi8(m[i], m[i + 8]);
-        }
-        for (int i = 0; i < 16; i++) m[i] = n[i];
-      }
+      transpose16(m);
       for (size_t i = 0; i < 16; i++)
         _mm_storeu_si128(reinterpret_cast<__m128i*>(out + (k + i) * kLutLanes + first), m[i]);
     }
