@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -54,13 +55,20 @@ constexpr size_t kMatricesPerLayer = 7;
 
 constexpr size_t kCacheLine = 64;
 
-TernaryType settled_type(const TernaryMatrix& m, const Kernels& kernels) {
-  const bool from_trits = m.sparse ? kernels.add_trit_columns != nullptr : computes_from_trits(kernels, m.cols);
-  return from_trits ? m.type : TernaryType::kCodes;
+TernaryMatrix settled(const TernaryMatrix& m, TernaryType type, const uint8_t* data) {
+  return {type, data, m.rows, m.cols, m.scale, m.sparse, m.sparse};
 }
 
-TernaryMatrix settled(const TernaryMatrix& m, const uint8_t* data, const Kernels& kernels) {
-  return {settled_type(m, kernels), data, m.rows, m.cols, m.scale, m.sparse, m.sparse};
+// Trits where the kernels compute from them and they are fewer bytes: short rows do not fill a unit.
+TernaryType settled_type(const TernaryMatrix& m, const Kernels& kernels) {
+  const auto bytes_as = [&m](TernaryType type) { return settled(m, type, nullptr).bytes(); };
+  const bool from_trits = m.sparse ? kernels.add_trit_columns != nullptr : computes_from_trits(kernels, m.cols);
+  const bool fewer = bytes_as(TernaryType::kTrits) < bytes_as(TernaryType::kCodes);
+  return from_trits && (fewer || m.type == TernaryType::kTrits) ? TernaryType::kTrits : TernaryType::kCodes;
+}
+
+size_t settled_bytes_of(const TernaryMatrix& m, TernaryType type) {
+  return round_up(settled(m, type, nullptr).bytes(), kCacheLine);
 }
 
 TernaryMatrix ternary(const GgufFile& file, const std::string& name, size_t rows, size_t cols, bool sparse = false) {
@@ -111,6 +119,8 @@ void settle_rows(const TernaryMatrix& m, TernaryType type, uint8_t* out, ThreadP
     uint8_t* to = out + first * row_bytes;
     if (type == m.type)
       std::memcpy(to, rows.data, rows.rows * rows.row_bytes());
+    else if (type == TernaryType::kTrits)
+      pack_rows(kernels.pack_trits, rows, to);
     else
       expand_rows(kernels.expand_trits, rows, to);
   });
@@ -134,6 +144,17 @@ void settle_columns(const TernaryMatrix& m, TernaryType type, uint8_t* out, Thre
       codes_to_columns(expanded.data(), kCodeUnit, n, columns, unit, first, out);
     }
   });
+}
+
+// Whether all codes of a matrix are weights.
+bool is_ternary(const TernaryMatrix& m, ThreadPool& pool) {
+  constexpr size_t kBytesPerPiece = size_t{1} << 18;
+  std::atomic<bool> all = true;
+  pool.for_each(ceil_div(m.bytes(), kBytesPerPiece), [&](size_t piece, size_t) {
+    const size_t first = piece * kBytesPerPiece;
+    if (!are_ternary({m.data + first, std::min(kBytesPerPiece, m.bytes() - first)})) all = false;
+  });
+  return all;
 }
 
 // The whole pages of a part of the map that is not needed again.
@@ -262,7 +283,10 @@ Model::~Model() {
 bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time) {
   if (!settling_) {
     settling_ = true;
-    settled_size_ = settled_bytes(kernels);
+    settled_size_ = round_up(OutputSketch::bytes(output_), kCacheLine);
+    for_each_matrix([&](const TernaryMatrix& m) {  // either type, since codes may be no weights
+      settled_size_ += std::max(settled_bytes_of(m, TernaryType::kCodes), settled_bytes_of(m, TernaryType::kTrits));
+    });
     void* memory =
         mmap(nullptr, settled_size_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
     if (memory != MAP_FAILED) {
@@ -287,7 +311,9 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanose
 
 void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
   uint8_t* data = settled_ + n_settled_;
-  const TernaryMatrix there = settled(m, data, kernels);
+  TernaryType type = settled_type(m, kernels);
+  if (m.type == TernaryType::kCodes && type == TernaryType::kTrits && !is_ternary(m, pool)) type = m.type;
+  const TernaryMatrix there = settled(m, type, data);
   if (there.by_columns)
     settle_columns(m, there.type, data, pool, kernels);
   else
@@ -311,7 +337,7 @@ void Model::settle_output(ThreadPool& pool, const Kernels& kernels) {
 
 size_t Model::settled_bytes(const Kernels& kernels) const {
   size_t bytes = round_up(OutputSketch::bytes(output_), kCacheLine);
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += round_up(settled(m, nullptr, kernels).bytes(), kCacheLine); });
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += settled_bytes_of(m, settled_type(m, kernels)); });
   return bytes;
 }
 
@@ -319,7 +345,7 @@ size_t Model::bytes_per_token(const Kernels& kernels) const {
   const size_t norms = config_.dim + config_.n_layers * (2 * config_.dim + config_.q_dim() + config_.ffn_dim);
   const size_t of_sketch_rows = 3 * output_.rows;  // steps, errors, norms
   size_t bytes = OutputSketch::plane_bytes(output_.rows, output_.cols) + (norms + of_sketch_rows) * sizeof(float);
-  for_each_matrix([&](const TernaryMatrix& m) { bytes += settled(m, nullptr, kernels).bytes(); });
+  for_each_matrix([&](const TernaryMatrix& m) { bytes += settled(m, settled_type(m, kernels), nullptr).bytes(); });
   return bytes;
 }
 

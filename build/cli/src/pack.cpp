@@ -46,25 +46,6 @@ void put_string(Bytes& out, std::string_view text) {
   out.insert(out.end(), text.begin(), text.end());
 }
 
-// 2-bit codes of four weights as a number of base 3.
-uint8_t base3(uint8_t codes) {
-  return static_cast<uint8_t>((codes >> 6) * 27 + (codes >> 4 & 3) * 9 + (codes >> 2 & 3) * 3 + (codes & 3));
-}
-
-// One row of codes as trits. False for a code that stands for no weight.
-bool pack_row(const uint8_t* codes, size_t n_bytes, uint8_t* out) {
-  for (size_t done = 0; done < n_bytes; done += kCodeUnit, out += kTritUnit) {
-    uint8_t unit[kCodeUnit] = {};
-    std::memcpy(unit, codes + done, std::min(sizeof unit, n_bytes - done));
-    for (const uint8_t byte : unit)
-      if ((byte & byte >> 1 & 0x55) != 0) return false;
-    for (size_t i = 0; i < 4; i++)
-      for (size_t p = 0; p < 32; p++)
-        out[i * 32 + p] = static_cast<uint8_t>(base3(unit[i * 32 + p]) + 81 * (unit[128 + p] >> (6 - 2 * i) & 3));
-  }
-  return true;
-}
-
 // Rows that are made one by one, in any order, and at the end of ternary ones the scale.
 struct OutputTensor {
   std::string name;
@@ -96,7 +77,9 @@ OutputTensor ternary(const std::string& name, const TernaryMatrix& w) {
     return copied(name, w.type == TernaryType::kTrits ? TensorType::kTrits : TensorType::kI2_S, shape, w.data, w.rows,
                   from_bytes, w.scale);
   const auto make_row = [=](size_t row, float*, uint8_t* out) {
-    return pack_row(w.data + row * from_bytes, from_bytes, out);
+    if (!are_ternary({w.data + row * from_bytes, from_bytes})) return false;
+    pack_rows(kernels_for(best_isa()).pack_trits, w.all().slice(row, 1), out);
+    return true;
   };
   return {name,   TensorType::kTrits, shape, w.rows, to_bytes, make_row, "has a code 3, which stands for no weight",
           w.scale};

@@ -150,6 +150,32 @@ TEST_CASE("quantize: zeros, tiny and extreme values") {
   }
 }
 
+TEST_CASE("pack_rows: trits that expand to the codes") {
+  Random random(11);
+  for (const size_t cols : {128, 640, 768, 2560, 6912}) {
+    const size_t rows = 3;
+    const std::vector<uint8_t> codes = random.codes(rows * cols / 4);
+    const TernaryRows trits{TernaryType::kTrits, nullptr, rows, cols};
+    std::vector<uint8_t> packed(rows * trits.row_bytes()), expanded(codes.size());
+    pack_rows(kScalarKernels.pack_trits, {TernaryType::kCodes, codes.data(), rows, cols}, packed.data());
+    expand_rows(kScalarKernels.expand_trits, {TernaryType::kTrits, packed.data(), rows, cols}, expanded.data());
+    CHECK(expanded == codes);
+    for (const Kernels* k : vector_tables()) {
+      std::vector<uint8_t> got(packed.size());
+      pack_rows(k->pack_trits, {TernaryType::kCodes, codes.data(), rows, cols}, got.data());
+      CHECK(got == packed);
+    }
+  }
+  std::vector<uint8_t> codes(1000, 0xaa);
+  CHECK(are_ternary(codes));
+  for (const int place : {0, 2, 4, 6})
+    for (const size_t at : {0, 500, 999}) {
+      codes[at] |= static_cast<uint8_t>(1 << place);
+      CHECK_FALSE(are_ternary(codes));
+      codes[at] = 0xaa;
+    }
+}
+
 TEST_CASE("ternary_matmul: exact for every shape, batch size and extreme activations") {
   Random random(2);
   for (const size_t cols : {128, 384, 2560, 6912})

@@ -201,6 +201,8 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
 
 #include "expand_trits.h"
 #include "ternary_lut.h"
+// Uses its base3().
+#include "pack_trits.h"
 
 }  // namespace avx2
 
@@ -214,6 +216,7 @@ const Kernels kAvx2Kernels = {
     .add_columns = avx2::add_columns,
     .add_trit_columns = nullptr,
     .expand_trits = avx2::expand_trits,
+    .pack_trits = avx2::pack_trits,
     .lut_lanes = avx2::kLutLanes,
     .lut_min_tokens = 13,
     .lut_min_rest = 13,

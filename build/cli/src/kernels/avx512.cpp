@@ -184,6 +184,8 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
 
 #include "expand_trits.h"
 #include "ternary_lut.h"
+// Uses its base3().
+#include "pack_trits.h"
 
 }  // namespace avx512
 
@@ -199,6 +201,7 @@ constexpr Kernels kTable = {
     .add_columns = avx512::add_columns,
     .add_trit_columns = nullptr,
     .expand_trits = avx512::expand_trits,
+    .pack_trits = avx512::pack_trits,
     .lut_lanes = avx512::kLutLanes,
     .lut_min_tokens = 64,
     .lut_min_rest = 26,

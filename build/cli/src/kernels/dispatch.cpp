@@ -75,6 +75,26 @@ void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const T
   }
 }
 
+bool are_ternary(std::span<const uint8_t> codes) {
+  uint8_t threes = 0;
+  for (const uint8_t byte : codes) threes |= byte & byte >> 1 & 0x55;
+  return threes == 0;
+}
+
+void pack_rows(void (*pack_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& codes, uint8_t* trits) {
+  const size_t row_bytes = codes.row_bytes(), whole_units = row_bytes / kCodeUnit, rest = row_bytes % kCodeUnit;
+  for (size_t r = 0; r < codes.rows; r++) {
+    const uint8_t* row = codes.data + r * row_bytes;
+    pack_trits(row, whole_units, trits);
+    trits += whole_units * kTritUnit;
+    if (rest == 0) continue;
+    uint8_t last[kCodeUnit] = {};
+    std::memcpy(last, row + whole_units * kCodeUnit, rest);
+    pack_trits(last, 1, trits);
+    trits += kTritUnit;
+  }
+}
+
 namespace {
 
 #include "transpose16.h"

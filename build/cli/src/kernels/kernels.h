@@ -8,6 +8,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <span>
 #include <string_view>
 
 #include "lut_scratch.h"
@@ -182,6 +183,9 @@ struct Kernels {
   // base 3, plus 81 times code i of the fifth block's byte p.
   void (*expand_trits)(const uint8_t* packed, size_t units, uint8_t* codes);
 
+  // And back: codes of 0 to 2 → trits.
+  void (*pack_trits)(const uint8_t* codes, size_t units, uint8_t* packed);
+
   // The same product for many tokens by vector look-up, of codes of 0 to 2 or trits, in two steps. First the rows, at
   // most kLutRows and a multiple of 16, are brought into the scratch, for as many tiles of tokens as there are.
   size_t lut_lanes;       // tokens of a tile; 0: this table has no look-up kernel
@@ -242,6 +246,12 @@ Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA, F16C or 
 
 // Rows of trits → rows of codes, (rows, cols / 4).
 void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& trits, uint8_t* codes);
+
+// Whether codes are weights: whether none is 3.
+bool are_ternary(std::span<const uint8_t> codes);
+
+// Rows of codes that are weights → rows of trits.
+void pack_rows(void (*pack_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& codes, uint8_t* trits);
 
 // Rows of codes, code_stride bytes apart, those of a unit of w, n_cols columns of each, a multiple of kTernaryBlock →
 // that unit of as many columns of w from the first on, at `out`. Of 0 to 2, or 3 where w is of codes. Rows that the

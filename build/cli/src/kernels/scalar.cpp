@@ -47,7 +47,7 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
 }
 
 void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
-  for (size_t u = 0; u < units; u++, packed += 128, codes += 160)
+  for (size_t u = 0; u < units; u++, packed += kTritUnit, codes += kCodeUnit)
     for (size_t p = 0; p < 32; p++) {
       unsigned fifth = 0;
       for (size_t i = 0; i < 4; i++) {
@@ -57,6 +57,16 @@ void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
       }
       codes[128 + p] = static_cast<uint8_t>(fifth);
     }
+}
+
+void pack_trits(const uint8_t* codes, size_t units, uint8_t* packed) {
+  for (size_t u = 0; u < units; u++, codes += kCodeUnit, packed += kTritUnit)
+    for (size_t p = 0; p < 32; p++)
+      for (size_t i = 0; i < 4; i++) {
+        unsigned number = codes[128 + p] >> (6 - 2 * i) & 3u;
+        for (size_t digit = 0; digit < 4; digit++) number = 3 * number + (codes[i * 32 + p] >> (6 - 2 * digit) & 3u);
+        packed[i * 32 + p] = static_cast<uint8_t>(number);
+      }
 }
 
 }  // namespace scalar
@@ -71,6 +81,7 @@ const Kernels kScalarKernels = {
     .add_columns = scalar::add_columns,
     .add_trit_columns = nullptr,
     .expand_trits = scalar::expand_trits,
+    .pack_trits = scalar::pack_trits,
     .lut_lanes = 0,
     .lut_min_tokens = 0,
     .lut_min_rest = 0,
