@@ -29,8 +29,9 @@ class KvCache {
   // Of the chunk with the positions from chunk · kChunkPositions on.
   std::byte* keys(size_t chunk, size_t layer, size_t kv_head) const { return part(chunk, layer, kv_head, 0); }
   std::byte* values(size_t chunk, size_t layer, size_t kv_head) const { return part(chunk, layer, kv_head, 1); }
-  AttentionChunk chunk(size_t chunk, size_t layer, size_t kv_head, size_t n_positions) const {
-    return {keys(chunk, layer, kv_head), values(chunk, layer, kv_head), type_, n_positions, head_dim_};
+  AttentionChunk chunk(size_t chunk, size_t layer, size_t kv_head, size_t n_positions,
+                       const std::byte* next = nullptr) const {
+    return {keys(chunk, layer, kv_head), values(chunk, layer, kv_head), type_, n_positions, head_dim_, next};
   }
 
   // The bytes of the first n positions, a run at a time, in an order that depends on nothing but n. A run may have

@@ -418,10 +418,10 @@ AttentionQueries Transformer::queries_of(const TokenGroup& group, size_t kv_head
 }
 
 void Transformer::attend_chunk(const TokenGroup& group, size_t layer, size_t kv_head, size_t chunk,
-                               const AttentionQueries& queries, std::vector<float>& scores,
+                               const AttentionQueries& queries, const std::byte* next, std::vector<float>& scores,
                                const Attention& out) const {
   const size_t n_positions = std::min(kChunkPositions, group.first_position + 1 - chunk * kChunkPositions);
-  kernels_.attend(queries, group.cache->chunk(chunk, layer, kv_head, n_positions), scores.data(), out);
+  kernels_.attend(queries, group.cache->chunk(chunk, layer, kv_head, n_positions, next), scores.data(), out);
 }
 
 template <class F>
@@ -446,7 +446,8 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& th
       const Attention sum = attention_at(scratch.sum.data(), queries.n());
       const Attention next = attention_at(scratch.next.data(), queries.n());
       for (size_t chunk = 0; chunk < g.n_chunks(); chunk++) {
-        attend_chunk(g, layer, kv_head, chunk, queries, scratch.scores, chunk == 0 ? sum : next);
+        const std::byte* after = chunk + 1 < g.n_chunks() ? g.cache->keys(chunk + 1, layer, kv_head) : nullptr;
+        attend_chunk(g, layer, kv_head, chunk, queries, after, scratch.scores, chunk == 0 ? sum : next);
         if (chunk > 0) kernels_.add_attention(sum, next, queries.n(), head_dim);
       }
       for (size_t i = 0; i < g.n_tokens; i++) divide(sum.from(i * n_heads, head_dim), g.first_token + i, kv_head);
@@ -461,16 +462,29 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& th
   const auto partial = [&](size_t t, size_t kv_head, size_t chunk) {
     return attention_at(&partial_attention_[(kv_head * most + chunk) * floats], n_queries).from(t * n_heads, head_dim);
   };
-  const auto attend_piece = [&](size_t piece, size_t thread) {
+  struct Place {
+    const TokenGroup* group;
+    size_t kv_head, chunk;
+  };
+  const auto place_of = [&](size_t piece) {
     size_t chunk = piece / n_kv_heads;
-    const size_t kv_head = piece % n_kv_heads;
     const TokenGroup* g = groups_.data();
     for (; chunk >= g->n_chunks(); g++) chunk -= g->n_chunks();
-    AttentionScratch& scratch = attention_scratch_[thread];
-    attend_chunk(*g, layer, kv_head, chunk, queries_of(*g, kv_head, scratch.queries), scratch.scores,
-                 partial(g->first_token, kv_head, chunk));
+    return Place{g, piece % n_kv_heads, chunk};
   };
-  pool_.for_each(n_chunks * n_kv_heads, attend_piece, then);
+  const size_t n_pieces = n_chunks * n_kv_heads;
+  const auto attend_piece = [&](size_t piece, size_t thread) {
+    const Place here = place_of(piece);
+    const std::byte* next = nullptr;
+    if (piece >= pool_.first_piece(n_pieces, thread) && piece + 1 < pool_.first_piece(n_pieces, thread + 1)) {
+      const Place there = place_of(piece + 1);
+      next = there.group->cache->keys(there.chunk, layer, there.kv_head);
+    }
+    AttentionScratch& scratch = attention_scratch_[thread];
+    attend_chunk(*here.group, layer, here.kv_head, here.chunk, queries_of(*here.group, here.kv_head, scratch.queries),
+                 next, scratch.scores, partial(here.group->first_token, here.kv_head, here.chunk));
+  };
+  pool_.for_each(n_pieces, attend_piece, then);
   pool_.for_each(n_ * n_kv_heads, [&](size_t piece, size_t) {
     const size_t t = piece / n_kv_heads, kv_head = piece % n_kv_heads;
     const Attention sum = partial(t, kv_head, 0);

@@ -115,7 +115,8 @@ class Transformer {
   void group_tokens(std::span<const BatchToken> batch);
   AttentionQueries queries_of(const TokenGroup& group, size_t kv_head, std::vector<float>& memory) const;
   void attend_chunk(const TokenGroup& group, size_t layer, size_t kv_head, size_t chunk,
-                    const AttentionQueries& queries, std::vector<float>& scores, const Attention& out) const;
+                    const AttentionQueries& queries, const std::byte* next, std::vector<float>& scores,
+                    const Attention& out) const;
   void add_to_residual(size_t token);
   void norm_outputs(std::span<const BatchToken> batch);
   template <class F>

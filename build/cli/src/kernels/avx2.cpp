@@ -20,7 +20,7 @@ namespace avx2 {
 
 // Of attention: how much the registers hold. Values of a token alone come from memory, best as one stream: whole.
 constexpr int kScoreQueries = 4, kWeighQueries = 4, kWeighVectors = 1, kLoneQueries = 4, kLoneVectors = 1;
-constexpr int kInt8Queries = 2, kInt8Vectors = 1;
+constexpr int kInt8Queries = 4, kInt8Sums = 1, kInt8Vectors = 1;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -21,7 +21,7 @@ namespace avx512 {
 
 // Of attention: how much the registers hold. Values of a token alone come from memory, best as one stream: whole.
 constexpr int kScoreQueries = 8, kWeighQueries = 4, kWeighVectors = 4, kLoneQueries = 2, kLoneVectors = 8;
-constexpr int kInt8Queries = 4, kInt8Vectors = 4;
+constexpr int kInt8Queries = 4, kInt8Sums = 2, kInt8Vectors = 4;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }

@@ -135,13 +135,11 @@ void store_value(const float* value, std::byte* values, CacheType type, size_t p
   }
 }
 
-// Reads the cache so far ahead, in bytes: values follow the keys, and the next head's keys the values.
-template <class T>
-constexpr size_t kCacheAhead = sizeof(T) == 1 ? 65536 : 16384;  // measured
-
+// Asks for what is read later, where values follow the keys and the next head's keys the values.
 template <class T>
 inline void fetch_cache(const T* p) {
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kCacheAhead<T>, 0, 3);
+  constexpr size_t kAhead = 16384;  // measured
+  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0, 3);
 }
 
 // acc[part][h] += Σ q[h] · k over every second dimension from first + part on, for H queries and a block of positions.
@@ -177,8 +175,9 @@ inline void score(const float* q, size_t head_dim, const T* keys, float factor, 
 }
 
 // Scores → e^(score − largest), in place, 0 from n to `end`, a multiple of kLanes, times `scales` where there are some;
-// returns the sum without them.
-inline float softmax(float* scores, size_t n, size_t end, const float* scales, float* largest) {
+// returns the sum without them. at_each(i) is called before the vector of scores i to i + kLanes − 1.
+template <class F>
+inline float softmax(float* scores, size_t n, size_t end, const float* scales, float* largest, const F& at_each) {
   const size_t whole = n / kLanes * kLanes;
   const float lowest = -__builtin_inff();
   F32x16 top = set1(lowest);
@@ -187,6 +186,7 @@ inline float softmax(float* scores, size_t n, size_t end, const float* scales, f
   *largest = maximum(top);
   F32x16 total = zero();
   for (size_t i = 0; i < n; i += kLanes) {
+    at_each(i);
     F32x16 e = exp_negative(sub(load(scores + i), set1(*largest)));
     if (i == whole) e = keep_first(e, n - whole, 0.0f);
     total = add(total, e);
@@ -269,7 +269,7 @@ inline void attend_floats(const AttentionQueries& queries, const AttentionChunk&
     });
   for (size_t i = 0; i < n_queries; i++)
     out.totals[i] = softmax(scores + i * kChunkPositions, positions_of(chunk, queries, i),
-                            n_blocks * kPositionsPerBlock, nullptr, &out.largest[i]);
+                            n_blocks * kPositionsPerBlock, nullptr, &out.largest[i], [](size_t) {});
   if (queries.n_tokens == 1)
     weigh_all<T, kLoneQueries, kLoneVectors>(queries, chunk, scores, out.sums);
   else
@@ -287,42 +287,60 @@ inline float quantize_words(const float* x, size_t n, float levels, int16_t* out
   return amplitude / levels;
 }
 
-// The scores of H queries and a block of positions: Σ q · k, times the query's factor and the position's scale. Two
-// sums take turns, so that none waits for another.
+// The chunk that is read next, or what is left of it, or nothing. A line of it is asked for with each that is read of
+// this one, and some while scores become weights, so that memory is never idle.
+class NextChunk {
+ public:
+  explicit NextChunk(const std::byte* data) : data_(data) {}
+  NextChunk from(size_t byte) const { return NextChunk(data_ ? data_ + byte : nullptr); }
+  // Asks for the line at a byte.
+  void fetch(size_t byte) const {
+    if (data_) __builtin_prefetch(data_ + byte, 0, 3);
+  }
+
+ private:
+  const std::byte* data_;
+};
+
+// The scores of H queries and a block of positions: Σ q · k, times the query's factor and the position's scale. Sums
+// take turns, where the registers hold several.
 template <int H>
 inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, const float* factors, const float* scales,
-                       float* scores) {
-  I32x16 acc[2][H];
+                       NextChunk next, float* scores) {
+  I32x16 acc[kInt8Sums][H];
   for (auto& sums : acc)
     for (I32x16& sum : sums) sum = zero32();
-  for (size_t d = 0; d < head_dim; d += 4)
-    for (size_t turn = 0; turn < 2; turn++) {
+  for (size_t d = 0; d < head_dim; d += 2 * kInt8Sums) {
+    if (d % 4 == 0) next.fetch(d * kPositionsPerBlock);
+    for (size_t turn = 0; turn < kInt8Sums; turn++) {
       const size_t at = d + 2 * turn;
-      const int8_t* p = keys + at * kPositionsPerBlock;
-      if (turn == 0) fetch_cache(p);
-      const I16Pairs k = load_pairs(p);
-      for (int h = 0; h < H; h++)
-        acc[turn][h] = add_products(acc[turn][h], k, set1_pair(q + static_cast<size_t>(h) * head_dim + at));
+      const I16Pairs k = load_pairs(keys + at * kPositionsPerBlock);
+      for (int h = 0; h < H; h++) {
+        I32x16& sum = acc[turn][h];
+        sum = add_products(sum, k, set1_pair(q + static_cast<size_t>(h) * head_dim + at));
+      }
     }
-  for (int h = 0; h < H; h++)
-    store(scores + static_cast<size_t>(h) * kChunkPositions,
-          mul(mul(to_float(add32(acc[0][h], acc[1][h])), set1(factors[h])), load(scales)));
+  }
+  for (int h = 0; h < H; h++) {
+    I32x16 sum = acc[0][h];
+    for (int turn = 1; turn < kInt8Sums; turn++) sum = add32(sum, acc[turn][h]);
+    store(scores + static_cast<size_t>(h) * kChunkPositions, mul(mul(to_float(sum), set1(factors[h])), load(scales)));
+  }
 }
 
 // out = Σ weight · v, times the query's factor, of n_pairs of positions, for H queries and D vectors of dimensions.
 template <int H, int D>
 inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pairs, size_t head_dim,
-                       const float* factors, float* out) {
+                       const float* factors, NextChunk next, float* out) {
+  constexpr size_t kLine = 64, kBytes = static_cast<size_t>(D) * 2 * kLanes;  // that are read of a pair
   I32x16 acc[H][D];
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++) acc[h][d] = zero32();
   for (size_t j = 0; j < n_pairs; j++) {
+    if (kBytes >= kLine || j % (kLine / kBytes) == 0)
+      for (size_t at = 0; at < kBytes; at += kLine) next.fetch(j * kBytes + at);
     I16Pairs v[D];
-    for (int d = 0; d < D; d++) {
-      const int8_t* p = values + j * 2 * head_dim + static_cast<size_t>(d) * 2 * kLanes;
-      if (reinterpret_cast<uintptr_t>(p) % 64 == 0) fetch_cache(p);
-      v[d] = load_pairs(p);
-    }
+    for (int d = 0; d < D; d++) v[d] = load_pairs(values + j * 2 * head_dim + static_cast<size_t>(d) * 2 * kLanes);
     for (int h = 0; h < H; h++) {
       const I16Pairs weight = set1_pair(weights + static_cast<size_t>(h) * kChunkPositions + 2 * j);
       for (int d = 0; d < D; d++) acc[h][d] = add_products(acc[h][d], weight, v[d]);
@@ -353,19 +371,26 @@ inline void attend_int8(const AttentionQueries& all, size_t first, const Attenti
     factors[h] = factor * quantize_words(all.values + (first + h) * dim, dim, most < kWordLevels ? most : kWordLevels,
                                          queries + h * dim);
   scores += first * kChunkPositions;
+  const NextChunk next(first == 0 ? chunk.next : nullptr);
   for (size_t b = 0; b < n_blocks; b++)
-    score_int8<H>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock,
+    score_int8<H>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock, next.from(b * block),
                   scores + b * kPositionsPerBlock);
+  NextChunk left = next.from(n_blocks * block);
+  constexpr size_t kLine = 64, kLines = 2;  // for a vector of scores
   for (size_t h = 0; h < H; h++) {
     float* of_query = scores + h * kChunkPositions;
     const size_t end = n_blocks * kPositionsPerBlock;
     out.totals[first + h] = softmax(of_query, positions_of(chunk, all, first + h), end, scales_of(chunk.values, dim),
-                                    &out.largest[first + h]);
+                                    &out.largest[first + h], [&](size_t) {
+                                      for (size_t line = 0; line < kLines; line++) left.fetch(line * kLine);
+                                      left = left.from(kLines * kLine);
+                                    });
     factors[h] = quantize_words(of_query, end, kWordLevels, weights + h * kChunkPositions);
   }
   const size_t n_pairs = (n + 1) / 2;
   in_runs<kInt8Vectors>(dim / kLanes, [&]<int D>(size_t v) {
-    weigh_int8<H, D>(weights, values + 2 * v * kLanes, n_pairs, dim, factors, out.sums + first * dim + v * kLanes);
+    weigh_int8<H, D>(weights, values + 2 * v * kLanes, n_pairs, dim, factors, left.from(2 * v * kLanes * n_pairs),
+                     out.sums + first * dim + v * kLanes);
   });
 }
 

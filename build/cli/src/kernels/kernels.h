@@ -130,6 +130,7 @@ struct AttentionChunk {
   CacheType type;
   size_t n_positions;  // of the first token; each after it attends to one more, as far as the chunk goes
   size_t head_dim;
+  const std::byte* next = nullptr;  // what is read afterwards, keys and then values, or nullptr
 };
 
 // The queries that share a kv head, of tokens one after another.

@@ -135,8 +135,10 @@ inline I16Pairs set1_pair(const int16_t* p) {
   return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
 }
 inline I32x16 add_products(I32x16 sum, I16Pairs a, I16Pairs b) {
-  return {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b.lo)),
-          _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
+  sum = {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b.lo)),
+         _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
+  __asm__("" : "+x"(sum.lo), "+x"(sum.hi));  // or GCC would take all products first, and not have registers for them
+  return sum;
 }
 inline I32x16 add32(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline F32x16 to_float(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }

@@ -12,7 +12,7 @@ namespace scalar {
 
 // Of attention: how much the registers hold. Values of a token alone come from memory, best as one stream: whole.
 constexpr int kScoreQueries = 4, kWeighQueries = 4, kWeighVectors = 1, kLoneQueries = 4, kLoneVectors = 1;
-constexpr int kInt8Queries = 4, kInt8Vectors = 1;
+constexpr int kInt8Queries = 4, kInt8Sums = 1, kInt8Vectors = 1;
 #include "float_kernels.h"
 
 void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride) {
