@@ -18,7 +18,7 @@ struct EngineOptions {
   std::string model_path;
   size_t n_ctx = 0;      // 0: the model's own, at most kDefaultContext
   size_t n_threads = 0;  // 0: what is fastest of usable_processors() and fewer
-  size_t batch_size = 128;
+  size_t batch_size = 256;
   size_t n_parallel = 1;  // completions at a time; 0: as the memory allows, at most kDefaultParallel
   Isa isa = best_isa();
   CacheType kv_type = CacheType::kF16;
