@@ -96,14 +96,15 @@ inline I16 largest_sums(const int8_t* x) {
 }
 
 // Adds the sums of kLutGroups groups to a row: those of its numbers of base 3, of which `word` has one in each byte. A
-// number becomes an offset in its table by one rotation and one mask.
-inline I16 add_groups(I16 sum, const int16_t* tables, uint64_t word) {
+// number becomes an offset in its table by one rotation and one mask, kOffsets.
+constexpr uint64_t kOffsets = 127 * sizeof(I16);
+inline I16 add_groups(I16 sum, const int16_t* tables, uint64_t word, uint64_t offsets) {
   static_assert(kLutGroups == 8);
-  constexpr size_t kEntryBytes = sizeof(I16);
-  constexpr int kEntryBits = std::countr_zero(kEntryBytes);
+  constexpr int kEntryBits = std::countr_zero(sizeof(I16));
   for (size_t g = 0; g < kLutGroups; g++) {
-    const uint64_t offset = std::rotr(word, static_cast<int>(8 * g) - kEntryBits) & (127 * kEntryBytes);
-    sum = add(sum, load16(tables + g * kLutEntries * kLutLanes + offset / sizeof(int16_t)));
+    const uint64_t offset = std::rotr(word, static_cast<int>(8 * g) - kEntryBits) & offsets;
+    const char* table = reinterpret_cast<const char*>(tables + g * kLutEntries * kLutLanes);
+    sum = add(sum, load16(reinterpret_cast<const int16_t*>(table + offset)));
   }
   return sum;
 }
@@ -112,9 +113,11 @@ inline I16 add_groups(I16 sum, const int16_t* tables, uint64_t word) {
 // where there may be some already, where kLast.
 template <bool kFirst, bool kLast>
 inline void lut_step(const uint8_t* numbers, size_t rows, const int16_t* tables, int16_t* words, int32_t* sums) {
+  uint64_t offsets = kOffsets;
+  __asm__("" : "+r"(offsets));  // in a register, not in every instruction that uses it
   for (size_t r = 0; r < rows; r += kWordsAtOnce, numbers += kWordsAtOnce * kLutGroups)
     for_words(numbers, [&](uint64_t word) {
-      const I16 sum = add_groups(kFirst ? zero16() : load16(words), tables, word);
+      const I16 sum = add_groups(kFirst ? zero16() : load16(words), tables, word, offsets);
       if (kLast)
         add_widened(sums, sum);
       else
