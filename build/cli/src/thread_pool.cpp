@@ -11,6 +11,13 @@ namespace {
 constexpr unsigned kPieceBits = 20;
 constexpr uint64_t kPieceMask = (uint64_t{1} << kPieceBits) - 1, kLoopMask = 0xffffff;
 
+// What Run::word holds.
+uint64_t word_of(uint32_t loop, size_t first, size_t end) {
+  return (loop & kLoopMask) << (2 * kPieceBits) | uint64_t{first} << kPieceBits | uint64_t{end};
+}
+size_t first_of(uint64_t word) { return static_cast<size_t>(word >> kPieceBits & kPieceMask); }
+size_t end_of(uint64_t word) { return static_cast<size_t>(word & kPieceMask); }
+
 // Long enough to bridge the short serial steps between two loops, far shorter than a scheduler's time slice.
 constexpr auto kSpin = std::chrono::microseconds(30);
 
@@ -45,26 +52,49 @@ void ThreadPool::stop() {
   loop_.notify_all();
 }
 
-bool ThreadPool::take(Run& run, uint32_t loop, bool from_end, size_t& piece) {
-  uint64_t word = run.word.load(std::memory_order_acquire);
-  for (;;) {
-    const uint64_t first = word >> kPieceBits & kPieceMask, end = word & kPieceMask;
-    if (word >> (2 * kPieceBits) != (loop & kLoopMask) || first == end) return false;
-    piece = static_cast<size_t>(from_end ? end - 1 : first);
-    const uint64_t rest = from_end ? word - 1 : word + (uint64_t{1} << kPieceBits);
-    if (run.word.compare_exchange_weak(word, rest, std::memory_order_acq_rel, std::memory_order_acquire)) return true;
-  }
+// The first piece of a thread's own run; false when there is none.
+bool ThreadPool::take(uint32_t loop, size_t thread, size_t& piece) {
+  std::atomic<uint64_t>& run = runs_[thread].word;
+  uint64_t word = run.load(std::memory_order_acquire);
+  do {
+    if (word >> (2 * kPieceBits) != (loop & kLoopMask) || first_of(word) == end_of(word)) return false;
+    piece = first_of(word);
+  } while (!run.compare_exchange_weak(word, word + (uint64_t{1} << kPieceBits), std::memory_order_acq_rel,
+                                      std::memory_order_acquire));
+  return true;
+}
+
+// Makes the latter half of what is left of another's run the thread's own, which is empty: it goes through them in
+// their order, as through its own, and they are read as one stream.
+bool ThreadPool::take_over(uint32_t loop, size_t thread, size_t other) {
+  std::atomic<uint64_t>& run = runs_[other].word;
+  uint64_t word = run.load(std::memory_order_acquire);
+  size_t n;
+  do {
+    n = (end_of(word) - first_of(word) + 1) / 2;
+    if (word >> (2 * kPieceBits) != (loop & kLoopMask) || n == 0) return false;
+  } while (!run.compare_exchange_weak(word, word - n, std::memory_order_acq_rel, std::memory_order_acquire));
+  runs_[thread].word.store(word_of(loop, end_of(word) - n, end_of(word)), std::memory_order_release);
+  return true;
 }
 
 void ThreadPool::take_pieces(uint32_t loop, size_t thread) {
   uint32_t n_done = 0;
-  size_t piece;
-  for (size_t i = 0; i < runs_.size(); i++)
-    for (Run& run = runs_[(thread + i) % runs_.size()]; take(run, loop, i > 0, piece); n_done++)
-      body_(context_, piece, thread);
+  bool more = true;
+  while (more) {
+    for (size_t piece; take(loop, thread, piece); n_done++) body_(context_, piece, thread);
+    more = false;
+    for (size_t i = 1; i < runs_.size() && !more; i++) more = take_over(loop, thread, (thread + i) % runs_.size());
+  }
   if (n_done == 0) return;  // the loop may be over, and what belongs to it gone
   if (then_) then_(then_context_, thread);
   if (unfinished_.fetch_sub(n_done, std::memory_order_acq_rel) == n_done) unfinished_.notify_one();
+}
+
+std::optional<size_t> ThreadPool::upcoming(size_t thread) const {
+  const uint64_t word = runs_[thread].word.load(std::memory_order_relaxed);
+  if (first_of(word) == end_of(word)) return {};
+  return first_of(word);
 }
 
 void ThreadPool::work(size_t thread) {
@@ -81,7 +111,10 @@ void ThreadPool::run(size_t n, Body body, void* context, Then then, void* then_c
   assert(n <= kMaxPieces);
   if (n == 0) return;
   if (n == 1 || workers_.empty()) {
-    for (size_t i = 0; i < n; i++) body(context, i, 0);
+    for (size_t i = 0; i < n; i++) {
+      runs_[0].word.store(word_of(0, i + 1, n), std::memory_order_relaxed);
+      body(context, i, 0);
+    }
     if (then) then(then_context, 0);
     return;
   }
@@ -91,10 +124,8 @@ void ThreadPool::run(size_t n, Body body, void* context, Then then, void* then_c
   then_context_ = then_context;
   const uint32_t loop = loop_.load(std::memory_order_relaxed) + 1;
   unfinished_.store(static_cast<uint32_t>(n), std::memory_order_relaxed);
-  for (size_t t = 0; t < runs_.size(); t++) {
-    const uint64_t first = first_piece(n, t), end = first_piece(n, t + 1);
-    runs_[t].word.store((loop & kLoopMask) << (2 * kPieceBits) | first << kPieceBits | end, std::memory_order_release);
-  }
+  for (size_t t = 0; t < runs_.size(); t++)
+    runs_[t].word.store(word_of(loop, first_piece(n, t), first_piece(n, t + 1)), std::memory_order_release);
   loop_.store(loop, std::memory_order_release);
   loop_.notify_all();
   take_pieces(loop, 0);

@@ -1,12 +1,13 @@
 // A fixed set of threads that share loops. Every thread has its own run of consecutive pieces, so that what lies side
-// by side in memory is read by one of them in one go, and takes pieces from the end of another's run when its own is
-// done: a thread that the scheduler has taken off its processor delays only the piece in its hands. Whoever has nothing
-// to do spins for microseconds at most, then sleeps in the kernel. Between loops nothing runs.
+// by side in memory is read by one of them in one go, and takes over half of what is left of another's run when its own
+// is done: a thread that the scheduler has taken off its processor delays only the piece in its hands. Whoever has
+// nothing to do spins for microseconds at most, then sleeps in the kernel. Between loops nothing runs.
 #pragma once
 
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <optional>
 #include <thread>
 #include <type_traits>
 #include <vector>
@@ -34,6 +35,9 @@ class ThreadPool {
   void for_each(size_t n, F&& f, G&& then_each) {
     run(n, call<F>, address(f), call_then<G>, address(then_each));
   }
+
+  // Within a loop's f: the piece that the thread takes next, unless another takes it over; none at the end of its run.
+  std::optional<size_t> upcoming(size_t thread) const;
 
   // The first piece of a thread's run in a loop of n.
   size_t first_piece(size_t n, size_t thread) const { return n * thread / size(); }
@@ -65,7 +69,8 @@ class ThreadPool {
   void work(size_t thread);
   void stop();
   void take_pieces(uint32_t loop, size_t thread);
-  bool take(Run& run, uint32_t loop, bool from_end, size_t& piece);
+  bool take(uint32_t loop, size_t thread, size_t& piece);
+  bool take_over(uint32_t loop, size_t thread, size_t other);
 
   // One loop at a time.
   Body body_ = nullptr;

@@ -258,18 +258,12 @@ void Transformer::add_columns(const Projection& projection, size_t first_token, 
   const auto add_piece = [&](size_t piece, size_t thread) {
     ColumnSums& s = column_sums_[thread];
     const ColumnRun here = run(piece);
-    // A thread goes through its own pieces forwards and through another's backwards, if it does so twice.
-    const size_t begin = pool_.first_piece(n_pieces, thread), end = pool_.first_piece(n_pieces, thread + 1);
-    const bool own = piece >= begin && piece < end;
-    std::optional<size_t> next;
-    if (own && piece + 1 < end) next = piece + 1;
-    if (!own && s.any && s.last == piece + 1 && piece > 0) next = piece - 1;
+    const std::optional<size_t> next = pool_.upcoming(thread);
     if (!s.any) std::fill_n(s.sums.begin(), n_tokens * n_rows, 0);
     if (!s.any || s.asked != piece) add(columns, x, {}, here, s.sums.data());
     for (size_t i = 0; i < n_tokens; i++)
       add(columns, x + i * w.cols, here, next ? run(*next) : ColumnRun{}, &s.sums[i * n_rows]);
     s.any = true;
-    s.last = piece;
     s.asked = next;
     s.bytes_skipped += common_zeros(x + here.first, here.n, n_tokens, w.cols) * columns.column_bytes();
   };
@@ -472,19 +466,18 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& th
     for (; chunk >= g->n_chunks(); g++) chunk -= g->n_chunks();
     return Place{g, piece % n_kv_heads, chunk};
   };
-  const size_t n_pieces = n_chunks * n_kv_heads;
   const auto attend_piece = [&](size_t piece, size_t thread) {
     const Place here = place_of(piece);
     const std::byte* next = nullptr;
-    if (piece >= pool_.first_piece(n_pieces, thread) && piece + 1 < pool_.first_piece(n_pieces, thread + 1)) {
-      const Place there = place_of(piece + 1);
+    if (const std::optional<size_t> upcoming = pool_.upcoming(thread)) {
+      const Place there = place_of(*upcoming);
       next = there.group->cache->keys(there.chunk, layer, there.kv_head);
     }
     AttentionScratch& scratch = attention_scratch_[thread];
     attend_chunk(*here.group, layer, here.kv_head, here.chunk, queries_of(*here.group, here.kv_head, scratch.queries),
                  next, scratch.scores, partial(here.group->first_token, here.kv_head, here.chunk));
   };
-  pool_.for_each(n_pieces, attend_piece, then);
+  pool_.for_each(n_chunks * n_kv_heads, attend_piece, then);
   pool_.for_each(n_ * n_kv_heads, [&](size_t piece, size_t) {
     const size_t t = piece / n_kv_heads, kv_head = piece % n_kv_heads;
     const Attention sum = partial(t, kv_head, 0);

@@ -86,9 +86,8 @@ class Transformer {
   // What a thread has added up of a sparse matrix.
   struct alignas(64) ColumnSums {
     std::vector<int32_t> sums;         // (kSparseTokens, rows of whole units)
-    bool any = false;                  // in the current loop; …
-    size_t last = 0;                   // … of it the last piece, …
-    std::optional<size_t> asked = {};  // … and the one that memory has been asked for
+    bool any = false;                  // in the current loop, …
+    std::optional<size_t> asked = {};  // … and the piece that memory has been asked for
     uint64_t bytes_skipped = 0;        // ever
   };
 

@@ -3,7 +3,9 @@
 #include <doctest/doctest.h>
 
 #include <atomic>
+#include <chrono>
 #include <ctime>
+#include <optional>
 #include <thread>
 #include <vector>
 
@@ -20,6 +22,43 @@ TEST_CASE("every piece is done once, for any number of threads and pieces") {
         if (thread < n_threads) done[i].fetch_add(1);
       });
       for (const auto& count : done) REQUIRE(count.load() == 1);
+    }
+  }
+}
+
+TEST_CASE("a thread that is held up delays only the piece in its hands") {
+  ThreadPool pool(3);
+  constexpr size_t kPieces = 90;
+  for (const size_t slow : {size_t{0}, size_t{30}, size_t{60}, kPieces - 1}) {
+    std::atomic<size_t> n_done{0};
+    bool others_done = false;
+    pool.for_each(kPieces, [&](size_t i, size_t) {
+      if (i != slow) {
+        n_done.fetch_add(1);
+        return;
+      }
+      const auto deadline = std::chrono::steady_clock::now() + std::chrono::seconds(10);
+      while (n_done.load() < kPieces - 1 && std::chrono::steady_clock::now() < deadline) std::this_thread::yield();
+      others_done = n_done.load() == kPieces - 1;
+    });
+    CHECK(others_done);
+  }
+}
+
+TEST_CASE("what comes next is known") {
+  for (const size_t n_threads : {1, 2, 5}) {
+    ThreadPool pool(n_threads);
+    for (const size_t n : {1, 2, 7, 200}) {
+      std::atomic<size_t> n_known{0};
+      pool.for_each(n, [&](size_t i, size_t thread) {
+        const std::optional<size_t> next = pool.upcoming(thread);
+        if (next && *next == i + 1 && *next < n) n_known.fetch_add(1);
+        if (next && *next != i + 1) n_known.fetch_add(n);
+      });
+      if (n_threads == 1)
+        CHECK(n_known.load() == n - 1);
+      else
+        CHECK(n_known.load() < n);
     }
   }
 }
