@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cassert>
+#include <chrono>
 #include <cmath>
 
 #include "elementary.h"
@@ -20,6 +21,11 @@ constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB 
 constexpr size_t kSparseTokens = 32;              // that share a read of columns
 constexpr size_t kTokensPerGroup = 8;             // that go through a sequence's cache together
 constexpr size_t kFewAttending = 16;              // tokens whose attention is divided among threads by chunks
+
+using Clock = std::chrono::steady_clock;
+// What is spent on settling after a pass: this, or that part of what the pass took.
+constexpr std::chrono::nanoseconds kLeastSettling = std::chrono::milliseconds(20);
+constexpr int kSettlingShare = 16;
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
@@ -108,6 +114,7 @@ uint64_t Transformer::bytes_skipped() const {
 // Section 3 of the model's description, block after block.
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
+  const Clock::time_point start = Clock::now();
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_, config_.dim, pool_.size());
   group_tokens(batch);
@@ -143,7 +150,9 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
     }
   }
   norm_outputs(batch);
-  if (n_passes_++ > 0) model_.settle(pool_, kernels_);  // the first token is not kept waiting
+  // The first token is not kept waiting; a long prompt is, by a small part, so that less of the file is in memory.
+  if (n_passes_++ > 0)
+    model_.settle(pool_, kernels_, std::max(kLeastSettling, (Clock::now() - start) / kSettlingShare));
   return true;
 }
 
