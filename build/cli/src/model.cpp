@@ -283,7 +283,7 @@ Model::~Model() {
 bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time) {
   if (!settling_) {
     settling_ = true;
-    settled_size_ = round_up(OutputSketch::bytes(output_), kCacheLine);
+    n_settled_ = settled_size_ = round_up(OutputSketch::bytes(output_), kCacheLine);
     for_each_matrix([&](const TernaryMatrix& m) {  // either type, since codes may be no weights
       settled_size_ += std::max(settled_bytes_of(m, TernaryType::kCodes), settled_bytes_of(m, TernaryType::kTrits));
     });
@@ -293,7 +293,6 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanose
       settled_ = static_cast<uint8_t*>(memory);
       madvise(settled_, settled_size_, MADV_HUGEPAGE);
       sketch_.emplace(output_, settled_);
-      n_settled_ = round_up(OutputSketch::bytes(output_), kCacheLine);
     }
   }
   if (!settled_) return false;

@@ -74,12 +74,14 @@ class Model {
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
+  static constexpr std::chrono::nanoseconds kLeastSettling = std::chrono::milliseconds(20);
+
   // The weights begin in the file's small pages, through which memory is read a fifth slower, and the output matrix is
   // more than a token needs of it. Each call spends this time or a little more on sketching it and on moving the
   // ternary weights into large pages, as trits where the kernels compute from them, else as codes, sparse ones by
   // columns, and gives the file's pages back; false when all is done. To be called between passes, so that the first
   // token need not wait for it. Where there is no memory, everything stays as it is.
-  bool settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time = std::chrono::milliseconds(20));
+  bool settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time = kLeastSettling);
 
   const Config& config() const { return config_; }
   const FloatRows& token_embedding() const { return token_embedding_; }  // (n_vocab, dim)

@@ -22,9 +22,7 @@ constexpr size_t kSparseTokens = 32;              // that share a read of column
 constexpr size_t kTokensPerGroup = 8;             // that go through a sequence's cache together
 constexpr size_t kFewAttending = 16;              // tokens whose attention is divided among threads by chunks
 
-using Clock = std::chrono::steady_clock;
-// What is spent on settling after a pass: this, or that part of what the pass took.
-constexpr std::chrono::nanoseconds kLeastSettling = std::chrono::milliseconds(20);
+// What is spent on settling after a pass, if it is more than the least: that part of what the pass took.
 constexpr int kSettlingShare = 16;
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
@@ -114,7 +112,7 @@ uint64_t Transformer::bytes_skipped() const {
 // Section 3 of the model's description, block after block.
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
-  const Clock::time_point start = Clock::now();
+  const auto start = std::chrono::steady_clock::now();
   n_ = batch.size();
   n_lookup_ = lookup_tokens(kernels_, n_, config_.dim, pool_.size());
   group_tokens(batch);
@@ -152,7 +150,8 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
   norm_outputs(batch);
   // The first token is not kept waiting; a long prompt is, by a small part, so that less of the file is in memory.
   if (n_passes_++ > 0)
-    model_.settle(pool_, kernels_, std::max(kLeastSettling, (Clock::now() - start) / kSettlingShare));
+    model_.settle(pool_, kernels_,
+                  std::max(Model::kLeastSettling, (std::chrono::steady_clock::now() - start) / kSettlingShare));
   return true;
 }
 

@@ -144,7 +144,8 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   }
 }
 
-inline void find_nonzero(const int8_t* x, ColumnRun run, NonZero& out) {
+inline NonZero find_nonzero(const int8_t* x, ColumnRun run) {
+  NonZero out;
   for (size_t i = run.first; i < run.first + run.n; i += 32) {
     const __m256i zeros = _mm256_cmpeq_epi8(load256(x + i), _mm256_setzero_si256());
     for (uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(zeros)); mask != 0; mask &= mask - 1) {
@@ -153,15 +154,14 @@ inline void find_nonzero(const int8_t* x, ColumnRun run, NonZero& out) {
       out.values[out.n++] = x[column];
     }
   }
+  return out;
 }
 
 // Two columns at a time: their bytes are brought side by side, so that one instruction multiplies two weights of a row
 // by their activations, and the sums of half a unit stay in registers.
 void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
   constexpr size_t kGroupsPerSum = 42;  // of at most 2 · 3 · 128
-  NonZero now, later;
-  find_nonzero(x, here, now);
-  find_nonzero(x, next, later);
+  const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
   const ColumnGroups<2> columns(w, now);
   ColumnsAhead ahead(w, later, w.column_bytes() / 32 * columns.n);
   const __m256i mask = _mm256_set1_epi8(3);

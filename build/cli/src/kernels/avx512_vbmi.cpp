@@ -232,9 +232,7 @@ inline void add_half(const ColumnGroups<4>& columns, size_t at, ColumnsAhead& ah
 }
 
 void add_trit_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
-  NonZero now, later;
-  find_nonzero(x, here, now);
-  find_nonzero(x, next, later);
+  const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
   const ColumnGroups<4> columns(w, now);
   ColumnsAhead ahead(w, later, 2 * w.n_units() * columns.n);
   for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 5 * kColumnUnit) {

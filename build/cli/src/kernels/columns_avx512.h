@@ -3,7 +3,8 @@
 // The bits of the code c of a byte.
 inline __m512i code_mask(int c) { return _mm512_set1_epi8(static_cast<char>(0xc0 >> (2 * c))); }
 
-inline void find_nonzero(const int8_t* x, ColumnRun run, NonZero& out) {
+inline NonZero find_nonzero(const int8_t* x, ColumnRun run) {
+  NonZero out;
   const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
   __m512i here = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(run.first)), steps);
   for (size_t i = run.first; i < run.first + run.n; i += 16, here = _mm512_add_epi32(here, _mm512_set1_epi32(16))) {
@@ -14,6 +15,7 @@ inline void find_nonzero(const int8_t* x, ColumnRun run, NonZero& out) {
                      _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(mask, v)));
     out.n += static_cast<size_t>(std::popcount(static_cast<uint32_t>(mask)));
   }
+  return out;
 }
 
 // Four registers of four lanes of 128 bits, the other way round.
