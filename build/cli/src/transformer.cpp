@@ -17,6 +17,9 @@ constexpr size_t kAheadBytes = size_t{32} << 10;  // that a thread asks for befo
 constexpr size_t kMostTiles = 16;                 // of tokens that look-up does with the same rows: 512 or 256 tokens
 constexpr size_t kLeastLutRows = 512;             // fewer would be slow, since tables are made for all of them
 constexpr size_t kPiecesPerThread = 4;            // of look-up, so that no thread waits long for another
+constexpr size_t kWidePiecesPerThread = 2;        // of wide tiles
+constexpr size_t kSampledTokens = 8;              // of which one says whether wide tiles pay, …
+constexpr size_t kCappedShare = 4;                // … which they do if at most one of so many steps is capped
 constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
 constexpr size_t kSparseTokens = 32;              // that share a read of columns
 constexpr size_t kTokensPerGroup = 8;             // that go through a sequence's cache together
@@ -48,7 +51,7 @@ size_t common_zeros(const int8_t* x, size_t n, size_t n_tokens, size_t stride) {
 }
 
 size_t tile_lanes(const Kernels& kernels, size_t max_batch) {
-  return kernels.lut_lanes == 0 ? 0 : round_up(max_batch, kernels.lut_lanes);
+  return kernels.lut_lanes == 0 ? 0 : round_up(max_batch, 2 * kernels.lut_lanes);
 }
 
 // Floats of an attention: as attention_at() divides them.
@@ -77,12 +80,14 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
       gate_(max_batch * config_.ffn_dim),
       up_(max_batch * config_.ffn_dim),
       branch_(max_batch * config_.dim),
+      excess_(kernels.lut_lanes == 0 ? 0 : max_batch * config_.dim),
       output_(model, kernels, pool, max_batch),
       cosines_(max_batch * config_.head_dim / 2),
       sines_(max_batch * config_.head_dim / 2),
       codes_(pool.size(), std::vector<uint8_t>(kExpandedRows * widest(config_) / 4)),
       sums_(pool.size(), std::vector<int32_t>(max_batch * kRowsPerPiece)),
-      column_sums_(pool.size(), ColumnSums{std::vector<int32_t>(column_sums(config_))}),
+      column_sums_(pool.size(),
+                   ColumnSums{std::vector<int32_t>(column_sums(config_)), AlignedVector<int8_t>(config_.ffn_dim)}),
       attention_scratch_(pool.size()) {
   const size_t n_queries = kTokensPerGroup * config_.group(), floats = attention_floats(n_queries, config_.head_dim);
   for (AttentionScratch& s : attention_scratch_)
@@ -93,14 +98,14 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
 
 size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
   const size_t per_token =
-      6 * widest(c) + 4 * (2 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
+      6 * widest(c) + 4 * (3 * c.dim + widest(c) + 2 * c.q_dim() + 2 * c.kv_dim() + 2 * c.ffn_dim + c.head_dim + 2);
   const size_t partial =
       ceil_div(max_context, kChunkPositions) * attention_floats(kFewAttending * c.n_heads, c.head_dim);
   const size_t n_queries = kTokensPerGroup * c.group();
   const size_t scratch = n_queries * (c.head_dim + kChunkPositions) + 2 * attention_floats(n_queries, c.head_dim);
   return max_batch * per_token + 4 * partial +
-         n_threads *
-             (4 * (max_batch * kRowsPerPiece + column_sums(c) + scratch) + LutScratch::bytes(kMaxLutLanes, widest(c)));
+         n_threads * (4 * (max_batch * kRowsPerPiece + column_sums(c) + scratch) + c.ffn_dim +
+                      LutScratch::bytes(kMaxLutLanes, widest(c)));
 }
 
 uint64_t Transformer::bytes_skipped() const {
@@ -186,19 +191,32 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
     kernels_.rms_norm(in + t * dim, weight, config_.norm_epsilon, dim, &normed_[t * dim]);
     quantised_scales_[t] = kernels_.quantize(&normed_[t * dim], dim, &quantised_[t * dim], &quantised_sums_[t]);
   });
-  const size_t lanes = kernels_.lut_lanes;
-  if (n_lookup_ > 0)
-    pool_.for_each(ceil_div(n_lookup_, lanes), [&](size_t tile, size_t) {
-      const size_t t = tile * lanes;
-      kernels_.transpose_tile(&quantised_[t * dim], dim, std::min(lanes, n_lookup_ - t), &tiles_[t * dim]);
-    });
+}
+
+// The tile of tokens from t on that go by look-up.
+Transformer::Tile Transformer::tile_at(size_t t) const {
+  if (t < n_wide_) return {true, std::min(2 * kernels_.lut_lanes, n_wide_ - t)};
+  return {false, std::min(kernels_.lut_lanes, n_lookup_ - t)};
+}
+
+void Transformer::make_tiles(size_t cols) {
+  if (n_lookup_ == 0) return;
+  tile_starts_.clear();
+  for (size_t t = 0; t < n_lookup_; t += tile_at(t).n_tokens) tile_starts_.push_back(t);
+  pool_.for_each(tile_starts_.size(), [&](size_t i, size_t) {
+    const size_t t = tile_starts_[i];
+    const Tile tile = tile_at(t);
+    (tile.wide ? kernels_.transpose_wide_tile : kernels_.transpose_tile)(&quantised_[t * cols], cols, tile.n_tokens,
+                                                                         &tiles_[t * cols]);
+  });
 }
 
 // then(thread) is called by every thread that is done.
 template <class F>
 void Transformer::project(std::initializer_list<Projection> projections, F&& then) {
+  make_tiles(projections.begin()->matrix->cols);
   pieces_.clear();
-  add_lookup_pieces(projections);
+  add_lookup_pieces(projections, kernels_.lut_lanes, kPiecesPerThread);
   if (n_lookup_ < n_)
     for (const Projection& p : projections)
       for (size_t r = 0; r < p.matrix->rows; r += kRowsPerPiece)
@@ -215,10 +233,10 @@ void Transformer::project(std::initializer_list<Projection> projections, F&& the
 }
 
 // Pieces as large as pays, but enough of them for all threads: first the tiles are divided, then the rows.
-void Transformer::add_lookup_pieces(std::initializer_list<Projection> projections) {
+void Transformer::add_lookup_pieces(std::initializer_list<Projection> projections, size_t lanes,
+                                    size_t pieces_per_thread) {
   if (n_lookup_ == 0) return;
-  const size_t lanes = kernels_.lut_lanes, n_tiles = ceil_div(n_lookup_, lanes);
-  const size_t n_pieces = kPiecesPerThread * pool_.size();
+  const size_t n_tiles = ceil_div(n_lookup_, lanes), n_pieces = pieces_per_thread * pool_.size();
   size_t n_rows = 0, n_chunks = 0;
   for (const Projection& p : projections) n_rows += p.matrix->rows;
   const size_t most = std::clamp(round_up(ceil_div(n_rows * n_tiles, n_pieces), kLanes), kLeastLutRows, kLutRows);
@@ -243,12 +261,50 @@ void Transformer::project_sparse(const Projection& projection, F&& then) {
   if (!projection.matrix->by_columns) return project({projection}, then);
   if (n_lookup_ > 0) {
     const std::initializer_list<Projection> one{projection};  // pieces point into it
+    n_wide_ = wide_tokens(*projection.matrix);
+    if (n_wide_ > 0) cap(*projection.matrix);
+    make_tiles(projection.matrix->cols);
     pieces_.clear();
-    add_lookup_pieces(one);
+    if (n_wide_ > 0)
+      add_lookup_pieces(one, 2 * kernels_.lut_lanes, kWidePiecesPerThread);
+    else
+      add_lookup_pieces(one, kernels_.lut_lanes, kPiecesPerThread);
     pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) { by_lookup(pieces_[i], thread); });
+    n_wide_ = 0;
   }
   for (size_t t = n_lookup_; t < n_; t += kSparseTokens)
     add_columns(projection, t, std::min(kSparseTokens, n_ - t), then);
+}
+
+// How many of the tokens that go by look-up do so in wide tiles, if their activations are small enough.
+size_t Transformer::wide_tokens(const TernaryMatrix& w) const {
+  const size_t lanes = kernels_.lut_lanes;
+  if (w.cols > kMaxWideCols || n_lookup_ <= lanes) return 0;
+  size_t n_steps = 0, n_capped = 0;
+  for (size_t t = 0; t < n_lookup_; t += kSampledTokens) {
+    n_steps += w.cols / (4 * kLutGroups);
+    n_capped += kernels_.steps_above_cap(&quantised_[t * w.cols], w.cols);
+  }
+  if (n_capped * kCappedShare > n_steps) return 0;
+  const size_t rest = n_lookup_ % (2 * lanes);
+  return rest > lanes ? n_lookup_ : n_lookup_ - rest;
+}
+
+// Caps the tokens that go by look-up in wide tiles; what their excess comes to → excess_.
+void Transformer::cap(const TernaryMatrix& w) {
+  const TernaryColumns columns = w.columns();
+  const auto add = w.type == TernaryType::kCodes ? kernels_.add_columns : kernels_.add_trit_columns;
+  pool_.for_each(n_wide_, [&](size_t t, size_t thread) {
+    ColumnSums& s = column_sums_[thread];
+    const size_t n = kernels_.cap(columns, &quantised_[t * w.cols], s.excess.data());
+    std::fill_n(s.sums.begin(), columns.n_units() * columns.unit_rows(), 0);
+    const size_t step = n <= kMaxColumns ? w.cols : kMaxColumns;
+    if (n > 0)
+      for (size_t c = 0; c < w.cols; c += step)
+        add(columns, s.excess.data(), {c, std::min(step, w.cols - c)}, {}, s.sums.data());
+    std::fill_n(s.excess.begin(), w.cols, int8_t{0});
+    std::copy_n(s.sums.begin(), w.rows, &excess_[t * w.rows]);
+  });
 }
 
 // Every thread adds up some of the columns, for all rows; then the threads' sums are added.
@@ -345,10 +401,17 @@ void Transformer::by_lookup(const Piece& piece, size_t thread) {
     kernels_.lut_column_numbers(w.columns(), piece.first_row, piece.n_rows, scratch);
   else
     kernels_.lut_numbers(w.all().slice(piece.first_row, piece.n_rows), scratch);
-  for (size_t t = piece.first_token; t < piece.first_token + piece.n_tokens; t += kernels_.lut_lanes)
-    kernels_.ternary_lut(piece.n_rows, w.cols, &tiles_[t * w.cols],
-                         std::min(kernels_.lut_lanes, piece.first_token + piece.n_tokens - t), &quantised_scales_[t],
-                         w.scale, scratch, piece.projection->out + t * w.rows + piece.first_row, w.rows);
+  Tile tile;
+  for (size_t t = piece.first_token; t < piece.first_token + piece.n_tokens; t += tile.n_tokens) {
+    tile = tile_at(t);
+    const size_t at = t * w.rows + piece.first_row;
+    if (tile.wide)
+      kernels_.wide_lut(piece.n_rows, w.cols, &tiles_[t * w.cols], tile.n_tokens, &quantised_scales_[t], w.scale,
+                        &excess_[at], scratch, piece.projection->out + at, w.rows);
+    else
+      kernels_.ternary_lut(piece.n_rows, w.cols, &tiles_[t * w.cols], tile.n_tokens, &quantised_scales_[t], w.scale,
+                           scratch, piece.projection->out + at, w.rows);
+  }
 }
 
 void Transformer::by_multiplication(const Piece& piece, size_t thread) {

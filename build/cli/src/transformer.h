@@ -83,9 +83,16 @@ class Transformer {
     size_t first_token, n_tokens;
   };
 
+  // Tokens that are looked up together.
+  struct Tile {
+    bool wide;
+    size_t n_tokens;
+  };
+
   // What a thread has added up of a sparse matrix.
   struct alignas(64) ColumnSums {
     std::vector<int32_t> sums;         // (kSparseTokens, rows of whole units)
+    AlignedVector<int8_t> excess;      // (ffn_dim): of a token; 0 where none is at work
     bool any = false;                  // in the current loop, …
     std::optional<size_t> asked = {};  // … and the piece that memory has been asked for
     uint64_t bytes_skipped = 0;        // ever
@@ -96,9 +103,13 @@ class Transformer {
   void norm_and_quantize(const float* in, const float* weight, size_t dim, F&& first);  // → quantised_
   template <class F>
   void project(std::initializer_list<Projection> projections, F&& then);  // from quantised_
-  void add_lookup_pieces(std::initializer_list<Projection> projections);
+  Tile tile_at(size_t token) const;
+  void make_tiles(size_t cols);  // quantised_ → tiles_
+  void add_lookup_pieces(std::initializer_list<Projection> projections, size_t lanes, size_t pieces_per_thread);
   template <class F>
   void project_sparse(const Projection& projection, F&& then);  // from quantised_
+  size_t wide_tokens(const TernaryMatrix& w) const;
+  void cap(const TernaryMatrix& w);  // quantised_ → quantised_, excess_
   template <class F>
   void add_columns(const Projection& projection, size_t first_token, size_t n_tokens, F&& then);
   void fetch_ahead(const Next& next, size_t thread) const;
@@ -128,7 +139,8 @@ class Transformer {
   size_t max_batch_;
   size_t n_passes_ = 0;
   size_t n_ = 0;         // tokens in the current batch
-  size_t n_lookup_ = 0;  // of them, the first, whose projections are computed by look-up
+  size_t n_lookup_ = 0;  // of them, the first, whose projections are computed by look-up, …
+  size_t n_wide_ = 0;    // … and of those the first, of the projection at work, in wide tiles
 
   std::vector<float> residual_;          // (max_batch, dim)
   std::vector<float> normed_;            // (max_batch, max(dim, q_dim, ffn_dim))
@@ -140,9 +152,11 @@ class Transformer {
   std::vector<float> attention_;         // (max_batch, q_dim)
   std::vector<float> gate_, up_;         // (max_batch, ffn_dim)
   std::vector<float> branch_;            // (max_batch, dim): what a block adds to the residual stream
+  std::vector<int32_t> excess_;          // (max_batch, dim): what capped activations lack in those sums
   OutputLayer output_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
+  std::vector<size_t> tile_starts_;
   std::vector<LutScratch> lut_scratch_;              // a thread each
   std::vector<std::vector<uint8_t>> codes_;          // a thread each: (kExpandedRows, widest / 4)
   std::vector<std::vector<int32_t>> sums_;           // a thread each: (max_batch, kRowsPerPiece)

@@ -4,6 +4,7 @@
 
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <random>
@@ -506,6 +507,76 @@ TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and 
           check({TernaryType::kTrits, trits.data(), rows, cols});
         }
   }
+}
+
+TEST_CASE("cap: no step is left above the cap, and nothing is lost") {
+  Random random(12);
+  const size_t cols = 1280, steps = cols / 32;
+  const std::vector<uint8_t> codes = random.codes(64 * cols);
+  const TernaryColumns w{TernaryType::kCodes, codes.data(), 256, cols};
+  std::vector<std::vector<int8_t>> cases(5, std::vector<int8_t>(cols, 0));
+  cases[1] = random.int8s(cols);  // −128 among them
+  std::fill(cases[2].begin(), cases[2].end(), int8_t{-127});
+  for (size_t i = 0; i < cols; i++) cases[3][i] = static_cast<int8_t>(i % 11 == 0 ? 100 : i % 3 == 0 ? -2 : 0);
+  for (size_t i = 0; i < cols; i += 128) cases[4][i] = 127;  // as much as there may be
+  for (const std::vector<int8_t>& x : cases) {
+    const auto sums = [&](const std::vector<int8_t>& v) {
+      std::vector<int> out(steps, 0);
+      for (size_t i = 0; i < cols; i++) out[i / 128 * 4 + i % 32 / 8] += std::abs(int{v[i]});
+      return out;
+    };
+    const std::vector<int> before = sums(x);
+    const auto above = static_cast<size_t>(std::count_if(before.begin(), before.end(), [](int n) { return n > 127; }));
+    for (const Kernels* k : vector_tables()) {
+      std::vector<int8_t> capped = x, excess(cols, 0);
+      CHECK(k->steps_above_cap(x.data(), cols) == above);
+      const size_t n = k->cap(w, capped.data(), excess.data());
+      CHECK(n == cols - static_cast<size_t>(std::count(excess.begin(), excess.end(), int8_t{0})));
+      CHECK((n == 0) == (above == 0));
+      for (size_t i = 0; i < cols; i++) CHECK(capped[i] + excess[i] == x[i]);
+      const std::vector<int> after = sums(capped);
+      for (size_t i = 0; i < steps; i++) CHECK(after[i] == std::min(before[i], 127));
+    }
+  }
+}
+
+TEST_CASE("wide_lut: the bits of ternary_matmul and dequantize, for full and partial tiles") {
+  Random random(13);
+  for (const Kernels* k : vector_tables())
+    for (const size_t cols : {size_t{128}, size_t{640}, size_t{6912}, kMaxWideCols})
+      for (const size_t rows : {16, 64, 80, 2048})
+        for (const size_t n : {size_t{1}, k->lut_lanes, k->lut_lanes + 3, 2 * k->lut_lanes}) {
+          if (cols * rows > 1000000 && n != 2 * k->lut_lanes) continue;  // slow, and the same code
+          const std::vector<uint8_t> codes =
+              rows == 64 ? std::vector<uint8_t>(rows * cols / 4, 0xaa) : random.codes(rows * cols / 4);
+          std::vector<int8_t> x = random.int8s(n * cols), tile(cols * 2 * k->lut_lanes);
+          for (int8_t& v : x)  // 64: the largest sums there are
+            v = rows == 64 ? int8_t{127} : static_cast<int8_t>(v % 5 == 0 ? std::max<int8_t>(v, -127) : 0);
+          std::vector<int32_t> sums(n, 0), products(n * rows), rest(n * (rows + 3));
+          for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
+          std::vector<float> scales(n), expected(n * rows), got(n * (rows + 3), -1.0f);
+          for (size_t t = 0; t < n; t++) scales[t] = 10.0f + static_cast<float>(t);
+          const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
+          k->ternary_matmul(w, {x.data(), sums.data(), n}, products.data(), rows);
+          for (size_t t = 0; t < n; t++)
+            k->dequantize(&products[t * rows], scales[t], 0.017f, rows, &expected[t * rows]);
+
+          const std::vector<uint8_t> by_columns = columns_of(w, TernaryType::kCodes);
+          const TernaryColumns columns{TernaryType::kCodes, by_columns.data(), rows, cols};
+          for (size_t t = 0; t < n; t++) {
+            std::vector<int8_t> excess(cols, 0);
+            k->cap(columns, &x[t * cols], excess.data());
+            int32_t sum = 0;
+            for (const int8_t v : excess) sum += v;
+            k->ternary_matmul(w, {excess.data(), &sum, 1}, &rest[t * (rows + 3)], rows);
+          }
+          LutScratch scratch(k->lut_lanes, cols);
+          k->transpose_wide_tile(x.data(), cols, n, tile.data());
+          k->lut_numbers(w, scratch);
+          k->wide_lut(rows, cols, tile.data(), n, scales.data(), 0.017f, rest.data(), scratch, got.data(), rows + 3);
+          for (size_t t = 0; t < n; t++)
+            CHECK(std::memcmp(&got[t * (rows + 3)], &expected[t * rows], rows * sizeof(float)) == 0);
+        }
 }
 
 TEST_CASE("lut_column_numbers: the numbers of rows, from columns") {

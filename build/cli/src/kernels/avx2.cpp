@@ -201,6 +201,7 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
 
 #include "expand_trits.h"
 #include "ternary_lut.h"
+#include "wide_lut.h"
 // Uses its base3().
 #include "pack_trits.h"
 
@@ -224,6 +225,10 @@ const Kernels kAvx2Kernels = {
     .lut_column_numbers = avx2::lut_column_numbers,
     .ternary_lut = avx2::ternary_lut,
     .transpose_tile = avx2::transpose_tile,
+    .steps_above_cap = avx2::steps_above_cap,
+    .cap = avx2::cap,
+    .wide_lut = avx2::wide_lut,
+    .transpose_wide_tile = avx2::transpose_wide_tile,
     .dequantize = avx2::dequantize,
     .add = avx2::add_to,
     .relu2_mul = avx2::relu2_mul,

@@ -182,6 +182,7 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
 
 #include "expand_trits.h"
 #include "ternary_lut.h"
+#include "wide_lut.h"
 // Uses its base3().
 #include "pack_trits.h"
 
@@ -207,6 +208,10 @@ constexpr Kernels kTable = {
     .lut_column_numbers = avx512::lut_column_numbers,
     .ternary_lut = avx512::ternary_lut,
     .transpose_tile = avx512::transpose_tile,
+    .steps_above_cap = avx512::steps_above_cap,
+    .cap = avx512::cap,
+    .wide_lut = avx512::wide_lut,
+    .transpose_wide_tile = avx512::transpose_wide_tile,
     .dequantize = avx512::dequantize,
     .add = avx512::add_to,
     .relu2_mul = avx512::relu2_mul,

@@ -6,14 +6,20 @@ inline __m512i code_mask(int c) { return _mm512_set1_epi8(static_cast<char>(0xc0
 inline NonZero find_nonzero(const int8_t* x, ColumnRun run) {
   NonZero out;
   const __m512i steps = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
-  __m512i here = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(run.first)), steps);
-  for (size_t i = run.first; i < run.first + run.n; i += 16, here = _mm512_add_epi32(here, _mm512_set1_epi32(16))) {
+  const auto add = [&](size_t i) {
     const __m512i v = _mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(x + i)));
+    const __m512i columns = _mm512_add_epi32(_mm512_set1_epi32(static_cast<int>(i)), steps);
     const __mmask16 mask = _mm512_test_epi32_mask(v, v);
-    _mm512_storeu_si512(out.columns + out.n, _mm512_maskz_compress_epi32(mask, here));
+    _mm512_storeu_si512(out.columns + out.n, _mm512_maskz_compress_epi32(mask, columns));
     _mm_storeu_si128(reinterpret_cast<__m128i*>(out.values + out.n),
                      _mm512_cvtepi32_epi8(_mm512_maskz_compress_epi32(mask, v)));
     out.n += static_cast<size_t>(std::popcount(static_cast<uint32_t>(mask)));
+  };
+  for (size_t i = run.first; i < run.first + run.n; i += 32) {
+    const __m256i v = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(x + i));
+    if (_mm256_testz_si256(v, v)) continue;
+    add(i);
+    add(i + 16);
   }
   return out;
 }

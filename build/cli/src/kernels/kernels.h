@@ -59,6 +59,7 @@ inline constexpr size_t kCodeUnit = 160, kTritUnit = 128;  // bytes of five bloc
 inline constexpr size_t kMaxTritCols = 16384;              // of a row that is computed with as it is
 inline constexpr size_t kColumnUnit = 64;                  // bytes of a column, see TernaryColumns
 inline constexpr size_t kMaxColumns = 192;                 // of a run
+inline constexpr size_t kMaxWideCols = 8192;               // whose capped sums fit in 16 bits
 
 // A run of rows of a ternary matrix.
 struct TernaryRows {
@@ -202,6 +203,18 @@ struct Kernels {
                       float weight_scale, LutScratch& scratch, float* out, size_t out_stride);
   // values (n_tokens, cols) → out (cols, lut_lanes), zeros past n_tokens.
   void (*transpose_tile)(const int8_t* values, size_t cols, size_t n_tokens, int8_t* out);
+
+  // The same for tiles twice as wide, where nearly all activations are small: those of a token are capped, so that Σ
+  // |x| of no step of 32 columns is above 127, and what is cut off is multiplied on its own.
+  size_t (*steps_above_cap)(const int8_t* x, size_t cols);  // how many steps there are that would be capped
+  // x += −excess, for few columns; excess (cols) is 0 before. Returns how many columns it has then, which memory has
+  // been asked for.
+  size_t (*cap)(const TernaryColumns& w, int8_t* x, int8_t* excess);
+  // out[t · out_stride + r] = float(Σ + excess[t · out_stride + r]) / activation_scales[t] · weight_scale for rows and
+  // numbers as before and at most kMaxWideCols; n_tokens ≤ 2 · lut_lanes.
+  void (*wide_lut)(size_t rows, size_t cols, const int8_t* x, size_t n_tokens, const float* activation_scales,
+                   float weight_scale, const int32_t* excess, LutScratch& scratch, float* out, size_t out_stride);
+  void (*transpose_wide_tile)(const int8_t* values, size_t cols, size_t n_tokens, int8_t* out);
 
   // out[i] = float(sums[i]) / activation_scale · weight_scale, in this order.
   void (*dequantize)(const int32_t* sums, float activation_scale, float weight_scale, size_t n, float* out);

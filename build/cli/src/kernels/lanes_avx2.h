@@ -143,7 +143,7 @@ inline I32x16 add_products(I32x16 sum, I16Pairs a, I16Pairs b) {
 inline I32x16 add32(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
 inline F32x16 to_float(I32x16 a) { return {_mm256_cvtepi32_ps(a.lo), _mm256_cvtepi32_ps(a.hi)}; }
 
-// Sixteen 16-bit integers: the tokens of a look-up table.
+// Sixteen 16-bit integers: the tokens of a look-up table. Or 32 bytes.
 constexpr size_t kLutLanes = 16;
 using I16 = __m256i;
 inline I16 zero16() { return _mm256_setzero_si256(); }
@@ -156,6 +156,11 @@ inline I16 add(I16 a, I16 b) { return _mm256_add_epi16(a, b); }
 inline I16 sub(I16 a, I16 b) { return _mm256_sub_epi16(a, b); }
 inline I16 negate(I16 a) { return sub(zero16(), a); }
 inline I16 absolute(I16 a) { return _mm256_abs_epi16(a); }
+inline I16 load_bytes(const int8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+inline I16 set1_bytes(int8_t a) { return _mm256_set1_epi8(a); }
+inline I16 add_bytes(I16 a, I16 b) { return _mm256_add_epi8(a, b); }
+inline I16 sub_bytes(I16 a, I16 b) { return _mm256_sub_epi8(a, b); }
+inline I16 upper_bytes(I16 a) { return _mm256_srli_epi16(a, 8); }  // of pairs, as numbers without sign
 inline bool any_negative(I16 a) { return (_mm256_movemask_epi8(a) & static_cast<int>(0xaaaaaaaa)) != 0; }
 inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
   __m256i* out = reinterpret_cast<__m256i*>(p);
@@ -163,13 +168,34 @@ inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
   _mm256_store_si256(
       out + 1, _mm256_add_epi32(_mm256_load_si256(out + 1), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1))));
 }
-// f(number) for numbers of 64 bits.
-constexpr size_t kWordsAtOnce = 4;
+// f(number, i) for n numbers of 64 bits, a multiple of four, of which a line more can be read: as in lanes_avx512.h.
+inline __m256i load_words(const uint8_t* p) {
+  __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
+  __asm__("" : "+x"(words));
+  return words;
+}
+template <int kPart>
+inline uint64_t word_of(__m128i pair) {
+  uint64_t word = static_cast<uint64_t>(kPart == 0 ? _mm_cvtsi128_si64(pair) : _mm_extract_epi64(pair, 1));
+  __asm__("" : "+r"(word));
+  return word;
+}
 template <class F>
-inline void for_words(const uint8_t* p, const F& f) {
-  for (size_t i = 0; i < kWordsAtOnce; i++) {
-    uint64_t word;
-    __builtin_memcpy(&word, p + i * sizeof word, sizeof word);
-    f(word);
+inline void for_words(const uint8_t* p, size_t n, F&& f) {
+  __m256i words = load_words(p);
+  uint64_t even = word_of<0>(_mm256_castsi256_si128(words)), odd = word_of<1>(_mm256_castsi256_si128(words));
+  const auto pair = [&](__m128i next, size_t i) {
+    const uint64_t next_even = word_of<0>(next);
+    f(even, i);
+    even = next_even;
+    const uint64_t next_odd = word_of<1>(next);
+    f(odd, i + 1);
+    odd = next_odd;
+  };
+  for (size_t i = 0; i < n; i += 4) {
+    const __m256i next = load_words(p + (i + 4) * sizeof(uint64_t));
+    pair(_mm256_extracti128_si256(words, 1), i);
+    pair(_mm256_castsi256_si128(next), i + 2);
+    words = next;
   }
 }

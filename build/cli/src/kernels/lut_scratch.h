@@ -28,18 +28,18 @@ class LutScratch {
       return taken;
     };
     sums = reinterpret_cast<int32_t*>(take(kLutRows * lanes * sizeof(int32_t)));
-    words = reinterpret_cast<int16_t*>(take(kLutRows * lanes * sizeof(int16_t)));
+    words = reinterpret_cast<int16_t*>(take(2 * kLutRows * lanes * sizeof(int16_t)));
     tables = reinterpret_cast<int16_t*>(take(kLutGroups * kLutEntries * lanes * sizeof(int16_t)));
     numbers = reinterpret_cast<uint8_t*>(p);
   }
   static size_t bytes(size_t lanes, size_t cols) {
     if (lanes == 0) return 0;
-    return kLutRows * lanes * (sizeof(int32_t) + sizeof(int16_t)) + kLutGroups * kLutEntries * lanes * sizeof(int16_t) +
-           cols / (4 * kLutGroups) * lut_step_bytes(kLutRows);
+    return kLutRows * lanes * (sizeof(int32_t) + 2 * sizeof(int16_t)) +
+           kLutGroups * kLutEntries * lanes * sizeof(int16_t) + cols / (4 * kLutGroups) * lut_step_bytes(kLutRows);
   }
 
   int32_t* sums;     // (kLutRows, lanes)
-  int16_t* words;    // (kLutRows, lanes): 16-bit parts of the sums
+  int16_t* words;    // (kLutRows, lanes): 16-bit parts of the sums; (kLutRows, 2, lanes) of wide tiles
   int16_t* tables;   // (kLutGroups, kLutEntries, lanes)
   uint8_t* numbers;  // (cols / 32, rows, kLutGroups), steps lut_step_bytes(rows) apart: weights as numbers of base 3
 
