@@ -311,7 +311,10 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanose
 void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
   uint8_t* data = settled_ + n_settled_;
   TernaryType type = settled_type(m, kernels);
-  if (m.type == TernaryType::kCodes && type == TernaryType::kTrits && !is_ternary(m, pool)) type = m.type;
+  if (m.type == TernaryType::kCodes && (type == TernaryType::kTrits || m.sparse) && !is_ternary(m, pool)) {
+    type = m.type;
+    m.sparse = false;
+  }
   const TernaryMatrix there = settled(m, type, data);
   if (there.by_columns)
     settle_columns(m, there.type, data, pool, kernels);

@@ -59,7 +59,7 @@ class OutputLayer {
   };
 
   static constexpr size_t kRowsPerPiece = 128;  // whose estimates are made one after another: 82 kB at 2,560 columns
-  static constexpr size_t kEstimatesPerPiece = 1024;  // that are looked through one after another
+  static constexpr size_t kEstimatesPerPiece = 2048;  // that are looked through one after another
 
   // What is known so far of the logits of some rows.
   struct Estimates {

@@ -257,8 +257,9 @@ TEST_CASE("add_columns: exact for every shape, whatever is 0") {
   for (const size_t rows : {128, 256, 384, 2560})
     for (const int percent : {0, 1, 33, 100}) {  // that are not 0
       const size_t cols = 512;
-      std::vector<uint8_t> any = random.bytes(rows * cols / 4), ternary = random.codes(rows * cols / 4);
-      std::fill_n(any.begin(), cols / 2, uint8_t{0xff});  // two rows of 3
+      std::vector<uint8_t> codes = random.codes(rows * cols / 4);
+      std::fill_n(codes.begin(), cols / 4, uint8_t{0xaa});  // a row of 1 and one of −1
+      std::fill_n(codes.begin() + cols / 4, cols / 4, uint8_t{0});
       std::vector<int8_t> x = random.int8s(cols);
       const std::vector<uint8_t> chance = random.bytes(cols);
       for (size_t i = 0; i < cols; i++) {
@@ -266,7 +267,7 @@ TEST_CASE("add_columns: exact for every shape, whatever is 0") {
         if (chance[i] * 100 >= percent * 256) x[i] = 0;
       }
       for (const TernaryType type : {TernaryType::kCodes, TernaryType::kTrits}) {
-        const TernaryRows w{TernaryType::kCodes, type == TernaryType::kCodes ? any.data() : ternary.data(), rows, cols};
+        const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
         const std::vector<uint8_t> data = columns_of(w, type);
         const TernaryColumns columns{type, data.data(), rows, cols};
         const auto check = [&](decltype(Kernels::add_columns) add) {

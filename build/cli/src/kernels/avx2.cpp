@@ -1,9 +1,11 @@
 // AVX2 + FMA + F16C + BMI2: what every x86-64 processor of AWS Lambda has.
 #include <immintrin.h>
 
+#include <algorithm>
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <cstdlib>
 
 #include "columns.h"
 #include "half.h"
@@ -157,43 +159,104 @@ inline NonZero find_nonzero(const int8_t* x, ColumnRun run) {
   return out;
 }
 
-// Two columns at a time: their bytes are brought side by side, so that one instruction multiplies two weights of a row
-// by their activations, and the sums of half a unit stay in registers.
-void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
-  constexpr size_t kGroupsPerSum = 42;  // of at most 2 · 3 · 128
-  const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
-  const ColumnGroups<2> columns(w, now);
-  ColumnsAhead ahead(w, later, w.column_bytes() / 32 * columns.n);
-  const __m256i mask = _mm256_set1_epi8(3);
-  for (size_t at = 0; at < w.column_bytes(); at += 32) {
-    int32_t* to = sums + at / kColumnUnit * (4 * kColumnUnit) + at % kColumnUnit;
-    for (size_t begin = 0; begin < columns.n; begin += kGroupsPerSum) {
-      const size_t end = begin + kGroupsPerSum < columns.n ? begin + kGroupsPerSum : columns.n;
-      __m256i acc[4][2];
-      for (auto& plane : acc)
-        for (__m256i& a : plane) a = _mm256_setzero_si256();
-      for (size_t g = begin; g < end; g++) {
-        ahead.step();
-        const __m256i a = load256(columns.data(g, 0) + at), b = load256(columns.data(g, 1) + at);
-        const __m256i activations = _mm256_set1_epi16(columns.values(g));
-        const auto add = [&](__m256i codes, int i) {
-          for (int p = 0; p < 4; p++)
-            acc[p][i] = _mm256_add_epi16(
-                acc[p][i],
-                _mm256_maddubs_epi16(_mm256_and_si256(_mm256_srli_epi16(codes, 6 - 2 * p), mask), activations));
-        };
-        add(_mm256_unpacklo_epi8(a, b), 0);
-        add(_mm256_unpackhi_epi8(a, b), 1);
+// Columns in pairs with a table each, of what the two can give: entry 4 a + b is (a − 1) x₀ + (b − 1) x₁. Pairs whose
+// sums fit in bytes together are blocks; the first of each has kBias in its table. Activations larger than kLargest are
+// several.
+class ColumnPairs {
+ public:
+  static constexpr int kBias = 128, kLargest = 63;  // of bytes: two of the largest are less than the bias
+
+  ColumnPairs(const TernaryColumns& w, const NonZero& x) {
+    size_t n = 0;
+    for (size_t i = 0; i < x.n; i++)
+      for (int left = x.values[i]; left != 0; n++) {
+        const int part = std::clamp(left, -kLargest, kLargest);
+        data_[n] = w.data + x.columns[i] * w.column_bytes();
+        values_[n] = static_cast<int8_t>(part);
+        left -= part;
       }
-      // A lane of 128 bits has the sums of eight rows, and the other half's have the eight after them.
-      const __m256i total = _mm256_set1_epi32(begin == 0 ? columns.total : 0);  // codes are weights + 1
-      for (int p = 0; p < 4; p++)
-        for (int i = 0; i < 4; i++) {
-          const __m256i v = acc[p][i % 2];
-          const __m256i sum = _mm256_cvtepi16_epi32(i < 2 ? _mm256_castsi256_si128(v) : _mm256_extracti128_si256(v, 1));
-          __m256i* out = reinterpret_cast<__m256i*>(to + p * 64 + i * 8);
-          _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), _mm256_sub_epi32(sum, total)));
-        }
+    if (n % 2 != 0) {
+      data_[n] = data_[0];
+      values_[n++] = 0;
+    }
+    int sizes = kBias;  // Σ |x| of the block
+    for (n_pairs = 0; n_pairs < n / 2; n_pairs++) {
+      const int8_t first = values_[2 * n_pairs], second = values_[2 * n_pairs + 1];
+      const int size = std::abs(first) + std::abs(second);
+      const bool begins = sizes + size >= kBias;
+      if (begins) begins_[n_blocks++] = static_cast<uint16_t>(n_pairs);
+      sizes = begins ? size : sizes + size;
+      const __m128i a = _mm_sign_epi8(_mm_set1_epi8(first), _mm_setr_epi32(-1, 0, 0x01010101, 0x01010101));
+      const __m128i b = _mm_sign_epi8(_mm_set1_epi8(second), _mm_set1_epi32(0x010100ff));
+      const __m128i bias = _mm_set1_epi8(static_cast<char>(begins ? kBias : 0));
+      _mm_store_si128(reinterpret_cast<__m128i*>(tables_[n_pairs]), _mm_add_epi8(_mm_add_epi8(a, b), bias));
+    }
+    begins_[n_blocks] = static_cast<uint16_t>(n_pairs);
+  }
+
+  size_t n_pairs = 0, n_blocks = 0;
+  size_t begin(size_t block) const { return begins_[block]; }
+  const uint8_t* data(size_t pair, size_t i) const { return data_[2 * pair + i]; }
+  __m256i table(size_t pair) const {
+    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables_[pair])));
+  }
+
+ private:
+  static constexpr size_t kMost = 3 * kMaxColumns + 1;
+  alignas(16) int8_t tables_[kMost / 2][16];
+  const uint8_t* data_[kMost];
+  int8_t values_[kMost];
+  uint16_t begins_[kMost / 2 + 1];
+};
+
+// A byte has four codes of a column, so a pair's bytes are brought together to nibbles that are numbers of their table.
+// As in wide_lut.h a block's sums, which are bytes, are added as pairs, and the upper ones of these by themselves.
+void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
+  const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
+  const ColumnPairs pairs(w, now);
+  ColumnsAhead ahead(w, later, w.column_bytes() / 32 * pairs.n_pairs);
+  const __m256i upper_codes = _mm256_set1_epi8(static_cast<char>(0xcc)), lower_codes = _mm256_set1_epi8(0x33);
+  const __m256i nibble = _mm256_set1_epi8(15);
+  const __m256i biases = _mm256_set1_epi16(static_cast<short>(ColumnPairs::kBias * pairs.n_blocks));
+  for (size_t at = 0; at < w.column_bytes(); at += 32) {
+    __m256i both[4], upper[4];  // of the planes of codes
+    for (int p = 0; p < 4; p++) both[p] = upper[p] = _mm256_setzero_si256();
+    for (size_t block = 0; block < pairs.n_blocks; block++) {
+      __m256i acc[4];
+      for (__m256i& a : acc) a = _mm256_setzero_si256();
+      for (size_t i = pairs.begin(block); i < pairs.begin(block + 1); i++) {
+        ahead.step();
+        const __m256i a = load256(pairs.data(i, 0) + at), b = load256(pairs.data(i, 1) + at), table = pairs.table(i);
+        const __m256i even =
+            _mm256_or_si256(_mm256_and_si256(a, upper_codes), _mm256_and_si256(_mm256_srli_epi16(b, 2), lower_codes));
+        const __m256i odd =
+            _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(a, 2), upper_codes), _mm256_and_si256(b, lower_codes));
+        const auto add = [&](__m256i& sum, __m256i number) {
+          sum = _mm256_add_epi8(sum, _mm256_shuffle_epi8(table, _mm256_and_si256(number, nibble)));
+        };
+        add(acc[0], _mm256_srli_epi16(even, 4));
+        add(acc[1], _mm256_srli_epi16(odd, 4));
+        add(acc[2], even);
+        add(acc[3], odd);
+      }
+      for (int p = 0; p < 4; p++) {
+        both[p] = _mm256_add_epi16(both[p], acc[p]);
+        upper[p] = _mm256_add_epi16(upper[p], _mm256_srli_epi16(acc[p], 8));
+      }
+    }
+    int32_t* to = sums + at / kColumnUnit * (4 * kColumnUnit) + at % kColumnUnit;
+    for (int p = 0; p < 4; p++, to += kColumnUnit) {
+      const __m256i odd = _mm256_sub_epi16(upper[p], biases);
+      const __m256i even = _mm256_sub_epi16(_mm256_sub_epi16(both[p], _mm256_slli_epi16(upper[p], 8)), biases);
+      const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+      const auto put = [&](int32_t* rows, __m128i eight) {
+        __m256i* out = reinterpret_cast<__m256i*>(rows);
+        _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), _mm256_cvtepi16_epi32(eight)));
+      };
+      put(to, _mm256_castsi256_si128(low));
+      put(to + 8, _mm256_castsi256_si128(high));
+      put(to + 16, _mm256_extracti128_si256(low, 1));
+      put(to + 24, _mm256_extracti128_si256(high, 1));
     }
   }
   ahead.finish();

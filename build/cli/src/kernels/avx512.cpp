@@ -153,7 +153,7 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
 // Four columns at a time, as in avx512_vbmi.cpp.
 void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
   const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
-  const ColumnGroups<4> columns(w, now);
+  const ColumnGroups columns(w, now);
   ColumnsAhead ahead(w, later, w.n_units() * columns.n);
   for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 4 * kColumnUnit) {
     __m512i acc[4][4];

@@ -208,7 +208,7 @@ void trit_matmul(const TernaryRows& w, const Activations& x, int32_t* out, size_
 // The sums of half a unit's bytes: of those that kHigh says of each lane of 128 bits. Four columns at a time: their
 // bytes are brought side by side, so that one instruction multiplies four weights of a row by their activations.
 template <bool kHigh>
-inline void add_half(const ColumnGroups<4>& columns, size_t at, ColumnsAhead& ahead, __m512i (&out)[5][4]) {
+inline void add_half(const ColumnGroups& columns, size_t at, ColumnsAhead& ahead, __m512i (&out)[5][4]) {
   __m512i acc[5][2];
   for (auto& plane : acc)
     for (__m512i& a : plane) a = zeros();
@@ -233,7 +233,7 @@ inline void add_half(const ColumnGroups<4>& columns, size_t at, ColumnsAhead& ah
 
 void add_trit_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
   const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
-  const ColumnGroups<4> columns(w, now);
+  const ColumnGroups columns(w, now);
   ColumnsAhead ahead(w, later, 2 * w.n_units() * columns.n);
   for (size_t at = 0; at < w.column_bytes(); at += kColumnUnit, sums += 5 * kColumnUnit) {
     __m512i acc[5][4];

@@ -3,7 +3,6 @@
 
 #include <cstddef>
 #include <cstdint>
-#include <type_traits>
 
 #include "kernels.h"
 #include "prefetch.h"
@@ -18,8 +17,7 @@ struct NonZero {
   int8_t values[kMaxColumns + kSlack];
 };
 
-// Their columns in groups that are multiplied together; the last is filled up with zeros.
-template <size_t kSide>
+// Their columns in fours that are multiplied together; the last is filled up with zeros.
 class ColumnGroups {
  public:
   ColumnGroups(const TernaryColumns& w, const NonZero& x) : n((x.n + kSide - 1) / kSide) {
@@ -34,15 +32,14 @@ class ColumnGroups {
   int32_t total = 0;  // of the activations
 
   const uint8_t* data(size_t group, size_t i) const { return data_[group * kSide + i]; }
-  // The group's activations side by side.
-  auto values(size_t group) const {
-    std::conditional_t<kSide == 4, int32_t, int16_t> all;
-    static_assert(sizeof all == kSide);
+  int32_t values(size_t group) const {  // the group's activations side by side
+    int32_t all;
     __builtin_memcpy(&all, values_ + group * kSide, sizeof all);
     return all;
   }
 
  private:
+  static constexpr size_t kSide = 4;
   const uint8_t* data_[kMaxColumns + kSide];
   int8_t values_[kMaxColumns + kSide];
 };

@@ -89,7 +89,7 @@ struct TernaryColumns {
   size_t column_bytes() const { return n_units() * kColumnUnit; }
 };
 
-// Columns from the first on: multiples of 32, at most kMaxColumns.
+// Columns from the first on: multiples of 32, of whose activations at most kMaxColumns are not 0.
 struct ColumnRun {
   size_t first = 0, n = 0;
 };
@@ -175,7 +175,7 @@ struct Kernels {
   void (*trit_matmul)(const TernaryRows& w, const Activations& x, int32_t* out, size_t out_stride);
 
   // sums[r] += Σ x[c] · weight[r][c] for the columns `here`, exactly, for whole units of rows; a column whose
-  // activation is 0 is not read. Asks for what `next` will need meanwhile. Of codes.
+  // activation is 0 is not read. Asks for what `next` will need meanwhile. Of codes of 0 to 2.
   void (*add_columns)(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums);
   void (*add_trit_columns)(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next,
                            int32_t* sums);  // of trits, or nullptr like trit_matmul
@@ -268,8 +268,8 @@ bool are_ternary(std::span<const uint8_t> codes);
 void pack_rows(void (*pack_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& codes, uint8_t* trits);
 
 // Rows of codes, code_stride bytes apart, those of a unit of w, n_cols columns of each, a multiple of kTernaryBlock →
-// that unit of as many columns of w from the first on, at `out`. Of 0 to 2, or 3 where w is of codes. Rows that the
-// last unit does not have are filled with something.
+// that unit of as many columns of w from the first on, at `out`. Of 0 to 2. Rows that the last unit does not have are
+// filled with something.
 void codes_to_columns(const uint8_t* codes, size_t code_stride, size_t n_cols, const TernaryColumns& w, size_t unit,
                       size_t first_col, uint8_t* out);
 

@@ -17,19 +17,28 @@ void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* o
   for (; r < w.rows; r++, row += stride) out[r] = product(one_row<true>(row, n_blocks, x), sum);
 }
 
+// Of each four lines the first two are asked for some rows earlier than the others: see ColumnsAhead.
 void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const Activations& x, int32_t* out) {
-  constexpr size_t kAhead = 16;  // rows
+  constexpr size_t kAhead = 12, kLag = 6, kLine = 64;  // rows, rows, bytes
   const size_t stride = w.cols / 4;
   const auto row = [&](size_t i) { return w.data + rows[i] * stride; };
-  const auto fetch = [&](size_t i) {
-    if (i < n) bitnet::prefetch(row(i), stride);
+  const auto fetch = [&](size_t i, size_t first) {
+    if (i >= n) return;
+    for (size_t at = first; at < stride; at += 4 * kLine) {
+      prefetch_line(row(i) + at);
+      prefetch_line(row(i) + at + kLine);
+    }
   };
-  for (size_t i = 0; i < kAhead; i++) fetch(i);
+  const auto step = [&](size_t i) {
+    fetch(i, 0);
+    if (i >= kLag) fetch(i - kLag, 2 * kLine);
+  };
+  for (size_t i = 0; i < kAhead; i++) step(i);
   for (size_t i = 0; i < n; i += 4) {
     const size_t count = n - i < 4 ? n - i : 4;
     RowSums acc[4];
     for (size_t j = 0; j < 4; j++) {
-      fetch(i + j + kAhead);
+      step(i + j + kAhead);
       acc[j] = one_row<true>(row(i + (j < count ? j : 0)), w.cols / kTernaryBlock, x.values);
     }
     alignas(16) int32_t found[4];
