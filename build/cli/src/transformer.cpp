@@ -298,7 +298,7 @@ void Transformer::cap(const TernaryMatrix& w) {
     ColumnSums& s = column_sums_[thread];
     const size_t n = kernels_.cap(columns, &quantised_[t * w.cols], s.excess.data());
     std::fill_n(s.sums.begin(), columns.n_units() * columns.unit_rows(), 0);
-    const size_t step = n <= kMaxColumns ? w.cols : kMaxColumns;
+    const size_t step = n <= kMaxColumns ? w.cols : kMaxColumns;  // one run of all columns, as a rule
     if (n > 0)
       for (size_t c = 0; c < w.cols; c += step)
         add(columns, s.excess.data(), {c, std::min(step, w.cols - c)}, {}, s.sums.data());

@@ -205,7 +205,7 @@ struct Kernels {
   void (*transpose_tile)(const int8_t* values, size_t cols, size_t n_tokens, int8_t* out);
 
   // The same for tiles twice as wide, where nearly all activations are small: those of a token are capped, so that Σ
-  // |x| of no step of 32 columns is above 127, and what is cut off is multiplied on its own.
+  // |x| of no step of 32 columns is above 127, and what is cut off is multiplied by columns.
   size_t (*steps_above_cap)(const int8_t* x, size_t cols);  // how many steps there are that would be capped
   // x += −excess, for few columns; excess (cols) is 0 before. Returns how many columns it has then, which memory has
   // been asked for.

@@ -13,7 +13,8 @@ inline constexpr size_t kLutGroups = 8;     // tables at a time: 21 or 41 kB, of
 inline constexpr size_t kLutEntries = 81;   // sums in a table
 inline constexpr size_t kMaxLutLanes = 32;  // of any instruction set
 
-// From one step's numbers to the next's: a line more than needed, or all steps would compete for the same sets of L1.
+// From one step's numbers to the next's: a line more than needed, or all steps would compete for the same sets of L1;
+// for_words() reads it, too.
 constexpr size_t lut_step_bytes(size_t rows) { return rows * kLutGroups + 64; }
 
 class LutScratch {

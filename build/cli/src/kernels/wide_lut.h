@@ -1,7 +1,6 @@
 // Look-up for twice as many tokens at a time, where most activations are 0 or small: the sums of a step then fit in
-// bytes. Where they would not, activations are capped, and what is cut off, the excess, is multiplied by itself: as few
-// columns as there are, that is done by columns. Included by avx2.cpp and avx512.cpp, inside their namespaces, after
-// ternary_lut.h.
+// bytes. Where they would not, activations are capped, and what is cut off, the excess, is multiplied by columns, of
+// which there are few. Included by avx2.cpp and avx512.cpp, inside their namespaces, after ternary_lut.h.
 
 constexpr int kByteCap = 127;  // of a step's Σ |x|: its sums plus kByteBias are bytes
 constexpr int kByteBias = 128;
