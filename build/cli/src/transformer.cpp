@@ -201,10 +201,9 @@ Transformer::Tile Transformer::tile_at(size_t t) const {
 
 void Transformer::make_tiles(size_t cols) {
   if (n_lookup_ == 0) return;
-  tile_starts_.clear();
-  for (size_t t = 0; t < n_lookup_; t += tile_at(t).n_tokens) tile_starts_.push_back(t);
-  pool_.for_each(tile_starts_.size(), [&](size_t i, size_t) {
-    const size_t t = tile_starts_[i];
+  const size_t lanes = kernels_.lut_lanes, n_wide_tiles = ceil_div(n_wide_, 2 * lanes);
+  pool_.for_each(n_wide_tiles + ceil_div(n_lookup_ - n_wide_, lanes), [&](size_t i, size_t) {
+    const size_t t = i < n_wide_tiles ? i * 2 * lanes : n_wide_ + (i - n_wide_tiles) * lanes;
     const Tile tile = tile_at(t);
     (tile.wide ? kernels_.transpose_wide_tile : kernels_.transpose_tile)(&quantised_[t * cols], cols, tile.n_tokens,
                                                                          &tiles_[t * cols]);
@@ -216,7 +215,7 @@ template <class F>
 void Transformer::project(std::initializer_list<Projection> projections, F&& then) {
   make_tiles(projections.begin()->matrix->cols);
   pieces_.clear();
-  add_lookup_pieces(projections, kernels_.lut_lanes, kPiecesPerThread);
+  add_lookup_pieces(projections);
   if (n_lookup_ < n_)
     for (const Projection& p : projections)
       for (size_t r = 0; r < p.matrix->rows; r += kRowsPerPiece)
@@ -233,10 +232,11 @@ void Transformer::project(std::initializer_list<Projection> projections, F&& the
 }
 
 // Pieces as large as pays, but enough of them for all threads: first the tiles are divided, then the rows.
-void Transformer::add_lookup_pieces(std::initializer_list<Projection> projections, size_t lanes,
-                                    size_t pieces_per_thread) {
+void Transformer::add_lookup_pieces(std::initializer_list<Projection> projections) {
   if (n_lookup_ == 0) return;
-  const size_t n_tiles = ceil_div(n_lookup_, lanes), n_pieces = pieces_per_thread * pool_.size();
+  const bool wide = n_wide_ > 0;
+  const size_t lanes = (wide ? 2 : 1) * kernels_.lut_lanes, n_tiles = ceil_div(n_lookup_, lanes);
+  const size_t n_pieces = (wide ? kWidePiecesPerThread : kPiecesPerThread) * pool_.size();
   size_t n_rows = 0, n_chunks = 0;
   for (const Projection& p : projections) n_rows += p.matrix->rows;
   const size_t most = std::clamp(round_up(ceil_div(n_rows * n_tiles, n_pieces), kLanes), kLeastLutRows, kLutRows);
@@ -265,10 +265,7 @@ void Transformer::project_sparse(const Projection& projection, F&& then) {
     if (n_wide_ > 0) cap(*projection.matrix);
     make_tiles(projection.matrix->cols);
     pieces_.clear();
-    if (n_wide_ > 0)
-      add_lookup_pieces(one, 2 * kernels_.lut_lanes, kWidePiecesPerThread);
-    else
-      add_lookup_pieces(one, kernels_.lut_lanes, kPiecesPerThread);
+    add_lookup_pieces(one);
     pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) { by_lookup(pieces_[i], thread); });
     n_wide_ = 0;
   }

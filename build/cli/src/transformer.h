@@ -105,7 +105,7 @@ class Transformer {
   void project(std::initializer_list<Projection> projections, F&& then);  // from quantised_
   Tile tile_at(size_t token) const;
   void make_tiles(size_t cols);  // quantised_ → tiles_
-  void add_lookup_pieces(std::initializer_list<Projection> projections, size_t lanes, size_t pieces_per_thread);
+  void add_lookup_pieces(std::initializer_list<Projection> projections);
   template <class F>
   void project_sparse(const Projection& projection, F&& then);  // from quantised_
   size_t wide_tokens(const TernaryMatrix& w) const;
@@ -156,7 +156,6 @@ class Transformer {
   OutputLayer output_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
-  std::vector<size_t> tile_starts_;
   std::vector<LutScratch> lut_scratch_;              // a thread each
   std::vector<std::vector<uint8_t>> codes_;          // a thread each: (kExpandedRows, widest / 4)
   std::vector<std::vector<int32_t>> sums_;           // a thread each: (max_batch, kRowsPerPiece)

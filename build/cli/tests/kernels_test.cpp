@@ -80,6 +80,26 @@ class Random {
   std::mt19937 engine_;
 };
 
+constexpr float kWeightScale = 0.017f;
+
+// x (n, cols) times codes, dequantised: out (n, rows).
+struct Multiplied {
+  std::vector<float> activation_scales, out;
+};
+
+Multiplied multiplied(const Kernels& k, const TernaryRows& w, const std::vector<int8_t>& x) {
+  const size_t n = x.size() / w.cols;
+  std::vector<int32_t> sums(n, 0), products(n * w.rows);
+  for (size_t i = 0; i < x.size(); i++) sums[i / w.cols] += x[i];
+  k.ternary_matmul(w, {x.data(), sums.data(), n}, products.data(), w.rows);
+  Multiplied m{std::vector<float>(n), std::vector<float>(n * w.rows)};
+  for (size_t t = 0; t < n; t++) {
+    m.activation_scales[t] = 10.0f + static_cast<float>(t);
+    k.dequantize(&products[t * w.rows], m.activation_scales[t], kWeightScale, w.rows, &m.out[t * w.rows]);
+  }
+  return m;
+}
+
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0;
@@ -486,20 +506,15 @@ TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and 
           std::vector<int8_t> x = random.int8s(n * cols), tile(cols * k->lut_lanes);
           for (int8_t& v : x)
             v = rows == 48 ? int8_t{127} : std::max<int8_t>(v, -127);  // 48: the largest sums there are
-          std::vector<int32_t> sums(n, 0), products(n * rows);
-          for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
-          std::vector<float> scales(n), expected(n * rows), got(n * (rows + 3), -1.0f);
-          for (size_t t = 0; t < n; t++) scales[t] = 10.0f + static_cast<float>(t);
           const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
-          k->ternary_matmul(w, {x.data(), sums.data(), n}, products.data(), rows);
-          for (size_t t = 0; t < n; t++)
-            k->dequantize(&products[t * rows], scales[t], 0.017f, rows, &expected[t * rows]);
+          const auto [scales, expected] = multiplied(*k, w, x);
+          std::vector<float> got(n * (rows + 3), -1.0f);
           LutScratch scratch(k->lut_lanes, cols);
           k->transpose_tile(x.data(), cols, n, tile.data());
           const auto check = [&](const TernaryRows& given) {
             std::fill(got.begin(), got.end(), -1.0f);
             k->lut_numbers(given, scratch);
-            k->ternary_lut(rows, cols, tile.data(), n, scales.data(), 0.017f, scratch, got.data(), rows + 3);
+            k->ternary_lut(rows, cols, tile.data(), n, scales.data(), kWeightScale, scratch, got.data(), rows + 3);
             for (size_t t = 0; t < n; t++)
               CHECK(std::memcmp(&got[t * (rows + 3)], &expected[t * rows], rows * sizeof(float)) == 0);
           };
@@ -553,14 +568,10 @@ TEST_CASE("wide_lut: the bits of ternary_matmul and dequantize, for full and par
           std::vector<int8_t> x = random.int8s(n * cols), tile(cols * 2 * k->lut_lanes);
           for (int8_t& v : x)  // 64: the largest sums there are
             v = rows == 64 ? int8_t{127} : static_cast<int8_t>(v % 5 == 0 ? std::max<int8_t>(v, -127) : 0);
-          std::vector<int32_t> sums(n, 0), products(n * rows), rest(n * (rows + 3));
-          for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
-          std::vector<float> scales(n), expected(n * rows), got(n * (rows + 3), -1.0f);
-          for (size_t t = 0; t < n; t++) scales[t] = 10.0f + static_cast<float>(t);
           const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
-          k->ternary_matmul(w, {x.data(), sums.data(), n}, products.data(), rows);
-          for (size_t t = 0; t < n; t++)
-            k->dequantize(&products[t * rows], scales[t], 0.017f, rows, &expected[t * rows]);
+          const auto [scales, expected] = multiplied(*k, w, x);
+          std::vector<int32_t> rest(n * (rows + 3));
+          std::vector<float> got(n * (rows + 3), -1.0f);
 
           const std::vector<uint8_t> by_columns = columns_of(w, TernaryType::kCodes);
           const TernaryColumns columns{TernaryType::kCodes, by_columns.data(), rows, cols};
@@ -574,7 +585,8 @@ TEST_CASE("wide_lut: the bits of ternary_matmul and dequantize, for full and par
           LutScratch scratch(k->lut_lanes, cols);
           k->transpose_wide_tile(x.data(), cols, n, tile.data());
           k->lut_numbers(w, scratch);
-          k->wide_lut(rows, cols, tile.data(), n, scales.data(), 0.017f, rest.data(), scratch, got.data(), rows + 3);
+          k->wide_lut(rows, cols, tile.data(), n, scales.data(), kWeightScale, rest.data(), scratch, got.data(),
+                      rows + 3);
           for (size_t t = 0; t < n; t++)
             CHECK(std::memcmp(&got[t * (rows + 3)], &expected[t * rows], rows * sizeof(float)) == 0);
         }

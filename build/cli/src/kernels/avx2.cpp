@@ -146,6 +146,12 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
   }
 }
 
+#include "expand_trits.h"
+#include "ternary_lut.h"
+#include "wide_lut.h"
+// Uses its base3().
+#include "pack_trits.h"
+
 inline NonZero find_nonzero(const int8_t* x, ColumnRun run) {
   NonZero out;
   for (size_t i = run.first; i < run.first + run.n; i += 32) {
@@ -215,7 +221,6 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
   const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
   const ColumnPairs pairs(w, now);
   ColumnsAhead ahead(w, later, w.column_bytes() / 32 * pairs.n_pairs);
-  const __m256i upper_codes = _mm256_set1_epi8(static_cast<char>(0xcc)), lower_codes = _mm256_set1_epi8(0x33);
   const __m256i nibble = _mm256_set1_epi8(15);
   const __m256i biases = _mm256_set1_epi16(static_cast<short>(ColumnPairs::kBias * pairs.n_blocks));
   for (size_t at = 0; at < w.column_bytes(); at += 32) {
@@ -227,10 +232,7 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
       for (size_t i = pairs.begin(block); i < pairs.begin(block + 1); i++) {
         ahead.step();
         const __m256i a = load256(pairs.data(i, 0) + at), b = load256(pairs.data(i, 1) + at), table = pairs.table(i);
-        const __m256i even =
-            _mm256_or_si256(_mm256_and_si256(a, upper_codes), _mm256_and_si256(_mm256_srli_epi16(b, 2), lower_codes));
-        const __m256i odd =
-            _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(a, 2), upper_codes), _mm256_and_si256(b, lower_codes));
+        const __m256i even = even_planes(a, b), odd = odd_planes(a, b);
         const auto add = [&](__m256i& sum, __m256i number) {
           sum = _mm256_add_epi8(sum, _mm256_shuffle_epi8(table, _mm256_and_si256(number, nibble)));
         };
@@ -261,12 +263,6 @@ void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, Colum
   }
   ahead.finish();
 }
-
-#include "expand_trits.h"
-#include "ternary_lut.h"
-#include "wide_lut.h"
-// Uses its base3().
-#include "pack_trits.h"
 
 }  // namespace avx2
 

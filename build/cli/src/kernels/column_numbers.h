@@ -11,6 +11,18 @@ inline __m256i base3(__m256i first, __m256i last) {
                          _mm256_shuffle_epi8(high, _mm256_and_si256(first, nibble)));
 }
 
+// Two columns' codes side by side in nibbles: of planes 0 and 2, in the upper and the lower nibble, …
+inline __m256i even_planes(__m256i x, __m256i y) {
+  const __m256i upper = _mm256_set1_epi8(static_cast<char>(0xcc)), lower = _mm256_set1_epi8(0x33);
+  return _mm256_or_si256(_mm256_and_si256(x, upper), _mm256_and_si256(_mm256_srli_epi16(y, 2), lower));
+}
+
+// … and of planes 1 and 3.
+inline __m256i odd_planes(__m256i x, __m256i y) {
+  const __m256i upper = _mm256_set1_epi8(static_cast<char>(0xcc)), lower = _mm256_set1_epi8(0x33);
+  return _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(x, 2), upper), _mm256_and_si256(y, lower));
+}
+
 // Eight registers of a byte for each of 32 rows → eight bytes of each row, row after row.
 inline void rows_of_eight(__m256i (&m)[8], uint8_t* out) {
   __m256i a[8], b[8];
@@ -40,7 +52,6 @@ struct StepCodes {
 // The numbers of the rows of some planes, from `first` on; out: (n_planes · 64, kLutGroups).
 inline void put_numbers(const uint8_t (&codes)[StepCodes::kColumns][kColumnUnit], size_t first, size_t n_planes,
                         uint8_t* out) {
-  const __m256i in_upper = _mm256_set1_epi8(static_cast<char>(0xcc)), in_lower = _mm256_set1_epi8(0x33);
   for (size_t half = 0; half < kColumnUnit; half += 32) {
     __m256i numbers[4][kLutGroups];
     for (size_t g = 0; g < kLutGroups; g++) {
@@ -48,13 +59,8 @@ inline void put_numbers(const uint8_t (&codes)[StepCodes::kColumns][kColumnUnit]
         return _mm256_load_si256(reinterpret_cast<const __m256i*>(codes[4 * g + i] + half));
       };
       const __m256i a = code(0), b = code(1), c = code(2), d = code(3);
-      const auto even = [&](__m256i x, __m256i y) {  // of planes 0 and 2, in the upper and the lower nibble
-        return _mm256_or_si256(_mm256_and_si256(x, in_upper), _mm256_and_si256(_mm256_srli_epi16(y, 2), in_lower));
-      };
-      const auto odd = [&](__m256i x, __m256i y) {  // of planes 1 and 3
-        return _mm256_or_si256(_mm256_and_si256(_mm256_slli_epi16(x, 2), in_upper), _mm256_and_si256(y, in_lower));
-      };
-      const __m256i ab02 = even(a, b), cd02 = even(c, d), ab13 = odd(a, b), cd13 = odd(c, d);
+      const __m256i ab02 = even_planes(a, b), cd02 = even_planes(c, d), ab13 = odd_planes(a, b),
+                    cd13 = odd_planes(c, d);
       numbers[0][g] = base3(_mm256_srli_epi16(ab02, 4), _mm256_srli_epi16(cd02, 4));
       numbers[1][g] = base3(_mm256_srli_epi16(ab13, 4), _mm256_srli_epi16(cd13, 4));
       numbers[2][g] = base3(ab02, cd02);

@@ -168,34 +168,15 @@ inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
   _mm256_store_si256(
       out + 1, _mm256_add_epi32(_mm256_load_si256(out + 1), _mm256_cvtepi16_epi32(_mm256_extracti128_si256(a, 1))));
 }
-// f(number, i) for n numbers of 64 bits, a multiple of four, of which a line more can be read: as in lanes_avx512.h.
+// Four numbers of 64 bits, as in lanes_avx512.h.
+constexpr size_t kWordsAtOnce = 4;
 inline __m256i load_words(const uint8_t* p) {
   __m256i words = _mm256_load_si256(reinterpret_cast<const __m256i*>(p));
   __asm__("" : "+x"(words));
   return words;
 }
-template <int kPart>
-inline uint64_t word_of(__m128i pair) {
-  uint64_t word = static_cast<uint64_t>(kPart == 0 ? _mm_cvtsi128_si64(pair) : _mm_extract_epi64(pair, 1));
-  __asm__("" : "+r"(word));
-  return word;
-}
+inline __m128i first_pair(__m256i words) { return _mm256_castsi256_si128(words); }
 template <class F>
-inline void for_words(const uint8_t* p, size_t n, F&& f) {
-  __m256i words = load_words(p);
-  uint64_t even = word_of<0>(_mm256_castsi256_si128(words)), odd = word_of<1>(_mm256_castsi256_si128(words));
-  const auto pair = [&](__m128i next, size_t i) {
-    const uint64_t next_even = word_of<0>(next);
-    f(even, i);
-    even = next_even;
-    const uint64_t next_odd = word_of<1>(next);
-    f(odd, i + 1);
-    odd = next_odd;
-  };
-  for (size_t i = 0; i < n; i += 4) {
-    const __m256i next = load_words(p + (i + 4) * sizeof(uint64_t));
-    pair(_mm256_extracti128_si256(words, 1), i);
-    pair(_mm256_castsi256_si128(next), i + 2);
-    words = next;
-  }
+inline void for_later_pairs(__m256i words, F&& f) {
+  f(_mm256_extracti128_si256(words, 1), 0);
 }

@@ -131,39 +131,17 @@ inline void add_widened(int32_t* p, I16 a) {  // p[i] += a[i]
   _mm512_store_si512(p, _mm512_add_epi32(_mm512_load_si512(p), lo));
   _mm512_store_si512(p + 16, _mm512_add_epi32(_mm512_load_si512(p + 16), hi));
 }
-// f(number, i) for n numbers of 64 bits, a multiple of eight, of which a line more can be read. They are loaded
-// together, since loads of 64 bits hold up those of 512 beside them, and reach the integer registers a pair ahead of
-// their use, since a processor does not look ahead far enough to hide the way (Zen 5: a quarter of the time of
-// look-up).
+// Eight numbers of 64 bits, loaded together, since loads of 64 bits hold up those of 512 beside them.
+constexpr size_t kWordsAtOnce = 8;
 inline __m512i load_words(const uint8_t* p) {
   __m512i words = _mm512_load_si512(p);
   __asm__("" : "+v"(words));  // or GCC would load its parts
   return words;
 }
-template <int kPart>
-inline uint64_t word_of(__m128i pair) {
-  uint64_t word = static_cast<uint64_t>(kPart == 0 ? _mm_cvtsi128_si64(pair) : _mm_extract_epi64(pair, 1));
-  __asm__("" : "+r"(word));  // or GCC would take it later
-  return word;
-}
+inline __m128i first_pair(__m512i words) { return _mm512_castsi512_si128(words); }
 template <class F>
-inline void for_words(const uint8_t* p, size_t n, F&& f) {
-  __m512i words = load_words(p);
-  uint64_t even = word_of<0>(_mm512_castsi512_si128(words)), odd = word_of<1>(_mm512_castsi512_si128(words));
-  const auto pair = [&](__m128i next, size_t i) {
-    const uint64_t next_even = word_of<0>(next);
-    f(even, i);
-    even = next_even;
-    const uint64_t next_odd = word_of<1>(next);
-    f(odd, i + 1);
-    odd = next_odd;
-  };
-  for (size_t i = 0; i < n; i += 8) {
-    const __m512i next = load_words(p + (i + 8) * sizeof(uint64_t));
-    pair(_mm512_extracti64x2_epi64(words, 1), i);
-    pair(_mm512_extracti64x2_epi64(words, 2), i + 2);
-    pair(_mm512_extracti64x2_epi64(words, 3), i + 4);
-    pair(_mm512_castsi512_si128(next), i + 6);
-    words = next;
-  }
+inline void for_later_pairs(__m512i words, F&& f) {  // f(pair, i), i being where the pair before it is
+  f(_mm512_extracti64x2_epi64(words, 1), 0);
+  f(_mm512_extracti64x2_epi64(words, 2), 2);
+  f(_mm512_extracti64x2_epi64(words, 3), 4);
 }
