@@ -41,13 +41,13 @@ class KvCache {
     for (size_t chunk = 0; chunk * kChunkPositions < n_positions; chunk++) {
       const size_t n = std::min(kChunkPositions, n_positions - chunk * kChunkPositions);
       const size_t n_scales = type_ == CacheType::kI8 ? n : 0;
-      const size_t number_bytes = position_bytes(type_, head_dim_) - (n_scales > 0 ? sizeof(float) : 0);
+      const size_t numbers = number_bytes(type_, head_dim_);
       for (std::byte* part = data_ + chunk * chunk_bytes_; part < data_ + (chunk + 1) * chunk_bytes_;
            part += part_bytes_) {
         const bool is_keys = (part - data_) / static_cast<std::ptrdiff_t>(part_bytes_) % 2 == 0;
         const size_t together = is_keys ? kPositionsPerBlock : type_ == CacheType::kI8 ? 2 : 1;
-        f(std::span(part, round_up(n, together) * number_bytes));
-        if (n_scales > 0) f(std::span(part + kChunkPositions * number_bytes, n_scales * sizeof(float)));
+        f(std::span(part, round_up(n, together) * numbers));
+        if (n_scales > 0) f(std::span(part + kChunkPositions * numbers, n_scales * sizeof(float)));
       }
     }
   }

@@ -12,15 +12,15 @@ namespace bitnet {
 namespace {
 
 constexpr size_t kMatrixRowsPerPiece = 64;  // for one thread at a time
-constexpr size_t kCandidatesPerPiece = 16;
+constexpr size_t kCandidatesPerPiece = 16, kExactPerPiece = 4;
 constexpr size_t kFewTokens = 1024;  // whose logits are computed at once rather than looked for
 // Of so many rows for each of the k that are wanted the estimates are refined before anything is computed exactly: the
 // better the first k, the fewer rows have a chance beside them.
 constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
-// How far from its estimate a logit is looked for, in standard deviations: a normal error stays within 5.5 but for one
-// in 50 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
+// How far from its estimate a logit is looked for, in standard deviations: a normal error stays within 5 but for one in
+// 3.5 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
 // away. docs/performance.md says what it was tried on.
-constexpr double kDeviations = 5.5, kFewColumns = 20.0;
+constexpr double kDeviations = 5.0, kFewColumns = 20.0;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -177,11 +177,16 @@ std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::
     least = sorted[n - 1];
   }
   Best best(n);
+  std::array<uint32_t, kRowsPerPiece> found;
   for (size_t piece = 0; piece < n_pieces; piece++) {
-    if (peaks[piece] < least) continue;
-    for (size_t r = piece * kRowsPerPiece; r < std::min((piece + 1) * kRowsPerPiece, rows); r++)
-      if (estimated[r] >= std::max(best.least(), least) && is_allowed(allowed, r))
-        best.offer({estimated[r], static_cast<int32_t>(r)});
+    const float bound = std::max(best.least(), least);
+    if (peaks[piece] < bound) continue;
+    const size_t first = piece * kRowsPerPiece;
+    const size_t n_found =
+        kernels_.find_not_below(estimated + first, std::min(kRowsPerPiece, rows - first), bound, found.data());
+    for (size_t i = 0; i < n_found; i++)
+      if (const size_t row = first + found[i]; is_allowed(allowed, row))
+        best.offer({estimated[row], static_cast<int32_t>(row)});
   }
   return best.take();
 }
@@ -209,9 +214,9 @@ float OutputLayer::exact(size_t which, size_t row, size_t thread) {
 
 // The candidates' logits.
 void OutputLayer::compute(size_t which, std::vector<Candidate>& candidates) {
-  pool_.for_each(ceil_div(candidates.size(), kCandidatesPerPiece), [&](size_t piece, size_t thread) {
-    const size_t end = std::min((piece + 1) * kCandidatesPerPiece, candidates.size());
-    for (size_t i = piece * kCandidatesPerPiece; i < end; i++)
+  pool_.for_each(ceil_div(candidates.size(), kExactPerPiece), [&](size_t piece, size_t thread) {
+    const size_t end = std::min((piece + 1) * kExactPerPiece, candidates.size());
+    for (size_t i = piece * kExactPerPiece; i < end; i++)
       candidates[i].logit = exact(which, static_cast<size_t>(candidates[i].token), thread);
   });
 }

@@ -379,16 +379,20 @@ void Transformer::fetch_ahead(const Next& next, size_t thread) const {
   }
 }
 
-// The same of the keys that a token alone attends to.
+// The same of the keys that a token alone attends to, and of the blocks that its own keys are written to.
 void Transformer::fetch_cache(const BatchToken& token, size_t layer, size_t thread) const {
   if (n_ > 1) return;
   const size_t n_chunks = token.position / kChunkPositions + 1;
   const size_t piece = pool_.first_piece(n_chunks * config_.n_kv_heads, thread);
   const size_t chunk = piece / config_.n_kv_heads, kv_head = piece % config_.n_kv_heads;
   const size_t n_positions = std::min(kChunkPositions, token.position + 1 - chunk * kChunkPositions);
-  const size_t bytes =
-      round_up(n_positions, kPositionsPerBlock) * position_bytes(token.cache->type(), config_.head_dim);
-  prefetch(token.cache->keys(chunk, layer, kv_head), std::min(bytes, kAheadBytes));
+  const size_t block_bytes = kPositionsPerBlock * number_bytes(token.cache->type(), config_.head_dim);
+  const size_t n_blocks = ceil_div(n_positions, kPositionsPerBlock);
+  prefetch(token.cache->keys(chunk, layer, kv_head), std::min(n_blocks * block_bytes, kAheadBytes));
+  if (thread > 0) return;
+  const size_t block = token.position % kChunkPositions / kPositionsPerBlock;
+  for (size_t h = 0; h < config_.n_kv_heads; h++)
+    prefetch(token.cache->keys(token.position / kChunkPositions, layer, h) + block * block_bytes, block_bytes);
 }
 
 void Transformer::by_lookup(const Piece& piece, size_t thread) {
@@ -508,7 +512,11 @@ void Transformer::attend(std::span<const BatchToken> batch, size_t layer, F&& th
       const Attention sum = attention_at(scratch.sum.data(), queries.n());
       const Attention next = attention_at(scratch.next.data(), queries.n());
       for (size_t chunk = 0; chunk < g.n_chunks(); chunk++) {
-        const std::byte* after = chunk + 1 < g.n_chunks() ? g.cache->keys(chunk + 1, layer, kv_head) : nullptr;
+        const std::byte* after = nullptr;
+        if (chunk + 1 < g.n_chunks())
+          after = g.cache->keys(chunk + 1, layer, kv_head);
+        else if (const std::optional<size_t> upcoming = pool_.upcoming(thread); upcoming && n_ == 1)
+          after = g.cache->keys(0, layer, *upcoming);
         attend_chunk(g, layer, kv_head, chunk, queries, after, scratch.scores, chunk == 0 ? sum : next);
         if (chunk > 0) kernels_.add_attention(sum, next, queries.n(), head_dim);
       }

@@ -131,7 +131,7 @@ void codes_to_columns(const uint8_t* codes, size_t code_stride, size_t n_cols, c
   }
 }
 
-size_t position_bytes(CacheType type, size_t head_dim) {
+size_t number_bytes(CacheType type, size_t head_dim) {
   switch (type) {
     case CacheType::kF32:
       return head_dim * 4;
@@ -140,7 +140,11 @@ size_t position_bytes(CacheType type, size_t head_dim) {
     case CacheType::kI8:
       break;
   }
-  return head_dim + sizeof(float);
+  return head_dim;
+}
+
+size_t position_bytes(CacheType type, size_t head_dim) {
+  return number_bytes(type, head_dim) + (type == CacheType::kI8 ? sizeof(float) : 0);
 }
 
 size_t chunk_bytes(CacheType type, size_t head_dim) { return kChunkPositions * position_bytes(type, head_dim); }

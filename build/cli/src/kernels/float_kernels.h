@@ -135,22 +135,23 @@ void store_value(const float* value, std::byte* values, CacheType type, size_t p
   }
 }
 
-// Asks for what is read later, where values follow the keys and the next head's keys the values.
-template <class T>
-inline void fetch_cache(const T* p) {
-  constexpr size_t kAhead = 16384;  // measured
-  __builtin_prefetch(reinterpret_cast<const char*>(p) + kAhead, 0, 3);
-}
+// Of what is read some time later (`upcoming`) a line is asked for with each line that is read now, so that memory is
+// never idle.
+inline void fetch_line(const std::byte* p) { __builtin_prefetch(p, 0, 3); }
+
+// After the chunk; its own keys where nothing is known, which costs less than to ask each time.
+inline const std::byte* after(const AttentionChunk& chunk) { return chunk.next ? chunk.next : chunk.keys; }
 
 // acc[part][h] += Σ q[h] · k over every second dimension from first + part on, for H queries and a block of positions.
 template <class T, int H, int kParts>
-inline void add_scores(const float* q, size_t head_dim, const T* keys, size_t first, F32x16 (*acc)[H]) {
+inline void add_scores(const float* q, size_t head_dim, const T* keys, size_t first, const std::byte* upcoming,
+                       F32x16 (*acc)[H]) {
   constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
   for (size_t d = first; d < head_dim; d += 2)
     for (size_t part = 0; part < kParts; part++) {
-      const T* p = keys + (d + part) * kPositionsPerBlock;
-      if ((d + part) % kPerLine == 0) fetch_cache(p);
-      const F32x16 k = load_cached(p);
+      const size_t at = (d + part) * kPositionsPerBlock;
+      if ((d + part) % kPerLine == 0) fetch_line(upcoming + at * sizeof(T));
+      const F32x16 k = load_cached(keys + at);
       for (int h = 0; h < H; h++)
         acc[part][h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d + part]), k, acc[part][h]);
     }
@@ -160,15 +161,16 @@ inline void add_scores(const float* q, size_t head_dim, const T* keys, size_t fi
 // block after another is one stream, which memory gives faster than two. Even and odd dimensions have sums of their
 // own: where the registers hold both, none waits for another.
 template <class T, int H>
-inline void score(const float* q, size_t head_dim, const T* keys, float factor, float* scores) {
+inline void score(const float* q, size_t head_dim, const T* keys, float factor, const std::byte* upcoming,
+                  float* scores) {
   F32x16 acc[2][H];
   for (auto& sums : acc)
     for (F32x16& sum : sums) sum = zero();
   if constexpr (H <= kScoreQueries / 2) {
-    add_scores<T, H, 2>(q, head_dim, keys, 0, acc);
+    add_scores<T, H, 2>(q, head_dim, keys, 0, upcoming, acc);
   } else {
-    add_scores<T, H, 1>(q, head_dim, keys, 0, acc);
-    add_scores<T, H, 1>(q, head_dim, keys, 1, acc + 1);
+    add_scores<T, H, 1>(q, head_dim, keys, 0, upcoming, acc);
+    add_scores<T, H, 1>(q, head_dim, keys, 1, upcoming, acc + 1);
   }
   for (int h = 0; h < H; h++)
     store(scores + static_cast<size_t>(h) * kChunkPositions, mul(add(acc[0][h], acc[1][h]), set1(factor)));
@@ -202,7 +204,8 @@ inline float softmax(float* scores, size_t n, size_t end, const float* scales, f
 
 // Adds weight · v of the positions first … last − 1 to out, for H queries and D vectors of dimensions.
 template <class T, int H, int D>
-inline void weigh(const float* weights, const T* values, size_t first, size_t last, size_t head_dim, float* out) {
+inline void weigh(const float* weights, const T* values, size_t first, size_t last, size_t head_dim,
+                  const std::byte* upcoming, float* out) {
   F32x16 acc[H][D];
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++)
@@ -210,9 +213,9 @@ inline void weigh(const float* weights, const T* values, size_t first, size_t la
   for (size_t j = first; j < last; j++) {
     F32x16 v[D];
     for (int d = 0; d < D; d++) {
-      const T* p = values + j * head_dim + static_cast<size_t>(d) * kLanes;
-      if (d * kLanes * sizeof(T) % 64 == 0) fetch_cache(p);
-      v[d] = load_cached(p);
+      const size_t at = j * head_dim + static_cast<size_t>(d) * kLanes;
+      if (d * kLanes * sizeof(T) % 64 == 0) fetch_line(upcoming + (at - first * head_dim) * sizeof(T));
+      v[d] = load_cached(values + at);
     }
     for (int h = 0; h < H; h++) {
       const F32x16 weight = set1(weights[static_cast<size_t>(h) * kChunkPositions + j]);
@@ -237,22 +240,30 @@ inline size_t positions_of(const AttentionChunk& chunk, const AttentionQueries& 
   return n < kChunkPositions ? n : kChunkPositions;
 }
 
+// How many blocks of positions are asked for ahead: 16 kB at head_dim 128, measured.
+template <class T>
+constexpr size_t kAheadBlocks = 8 / sizeof(T);
+
 // sums (n_queries, head_dim) = Σ weight · value; all queries go through some values while these are in the L1 cache.
 template <class T, int kQueries, int kVectors>
 inline void weigh_all(const AttentionQueries& queries, const AttentionChunk& chunk, const float* weights, float* sums) {
-  constexpr size_t kAtOnce = 64;  // positions
   const size_t dim = chunk.head_dim, n_queries = queries.n(), n = positions_of(chunk, queries, n_queries - 1);
   const T* values = reinterpret_cast<const T*>(chunk.values);
   for (size_t i = 0; i < n_queries * dim; i += kLanes) store(sums + i, zero());
-  for (size_t first = 0; first < n; first += kAtOnce)
+  // Runs of the same length, each of which asks for the next.
+  constexpr size_t kMostAtOnce = kAheadBlocks<T> * kPositionsPerBlock;
+  const size_t n_runs = (n + kMostAtOnce - 1) / kMostAtOnce, at_once = (n + n_runs - 1) / n_runs;
+  for (size_t first = 0; first < n; first += at_once) {
+    const std::byte* upcoming = first + at_once < n ? chunk.values + (first + at_once) * dim * sizeof(T) : after(chunk);
     in_runs<kQueries>(n_queries, [&]<int H>(size_t i) {
       const size_t n_of_run = positions_of(chunk, queries, i + H - 1);
-      const size_t last = first + kAtOnce < n_of_run ? first + kAtOnce : n_of_run;
+      const size_t last = first + at_once < n_of_run ? first + at_once : n_of_run;
       in_runs<kVectors>(dim / kLanes, [&]<int D>(size_t v) {
         weigh<T, H, D>(weights + i * kChunkPositions, values + v * kLanes, first, last, dim,
-                       sums + i * dim + v * kLanes);
+                       upcoming + v * kLanes * sizeof(T), sums + i * dim + v * kLanes);
       });
     });
+  }
 }
 
 template <class T>
@@ -262,11 +273,15 @@ inline void attend_floats(const AttentionQueries& queries, const AttentionChunk&
   const size_t n_blocks = (n + kPositionsPerBlock - 1) / kPositionsPerBlock, block = dim * kPositionsPerBlock;
   const float factor = 1.0f / __builtin_sqrtf(static_cast<float>(dim));
   const T* keys = reinterpret_cast<const T*>(chunk.keys);
-  for (size_t b = 0; b < n_blocks; b++)
+  for (size_t b = 0; b < n_blocks; b++) {
+    const size_t later = b + (n_blocks < kAheadBlocks<T> ? n_blocks : kAheadBlocks<T>);  // of keys, then of values
+    const std::byte* upcoming = later < n_blocks ? chunk.keys + later * block * sizeof(T)
+                                                 : chunk.values + (later - n_blocks) * block * sizeof(T);
     in_runs<kScoreQueries>(n_queries, [&]<int H>(size_t i) {
-      score<T, H>(queries.values + i * dim, dim, keys + b * block, factor,
+      score<T, H>(queries.values + i * dim, dim, keys + b * block, factor, upcoming,
                   scores + i * kChunkPositions + b * kPositionsPerBlock);
     });
+  }
   for (size_t i = 0; i < n_queries; i++)
     out.totals[i] = softmax(scores + i * kChunkPositions, positions_of(chunk, queries, i),
                             n_blocks * kPositionsPerBlock, nullptr, &out.largest[i], [](size_t) {});
@@ -287,31 +302,16 @@ inline float quantize_words(const float* x, size_t n, float levels, int16_t* out
   return amplitude / levels;
 }
 
-// The chunk that is read next, or what is left of it, or nothing. A line of it is asked for with each that is read of
-// this one, and some while scores become weights, so that memory is never idle.
-class NextChunk {
- public:
-  explicit NextChunk(const std::byte* data) : data_(data) {}
-  NextChunk from(size_t byte) const { return NextChunk(data_ ? data_ + byte : nullptr); }
-  // Asks for the line at a byte.
-  void fetch(size_t byte) const {
-    if (data_) __builtin_prefetch(data_ + byte, 0, 3);
-  }
-
- private:
-  const std::byte* data_;
-};
-
 // The scores of H queries and a block of positions: Σ q · k, times the query's factor and the position's scale. Sums
 // take turns, where the registers hold several.
 template <int H>
 inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, const float* factors, const float* scales,
-                       NextChunk next, float* scores) {
+                       const std::byte* next, float* scores) {
   I32x16 acc[kInt8Sums][H];
   for (auto& sums : acc)
     for (I32x16& sum : sums) sum = zero32();
   for (size_t d = 0; d < head_dim; d += 2 * kInt8Sums) {
-    if (d % 4 == 0) next.fetch(d * kPositionsPerBlock);
+    if (d % 4 == 0) fetch_line(next + d * kPositionsPerBlock);
     for (size_t turn = 0; turn < kInt8Sums; turn++) {
       const size_t at = d + 2 * turn;
       const I16Pairs k = load_pairs(keys + at * kPositionsPerBlock);
@@ -331,14 +331,14 @@ inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, co
 // out = Σ weight · v, times the query's factor, of n_pairs of positions, for H queries and D vectors of dimensions.
 template <int H, int D>
 inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pairs, size_t head_dim,
-                       const float* factors, NextChunk next, float* out) {
+                       const float* factors, const std::byte* next, float* out) {
   constexpr size_t kLine = 64, kBytes = static_cast<size_t>(D) * 2 * kLanes;  // that are read of a pair
   I32x16 acc[H][D];
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++) acc[h][d] = zero32();
   for (size_t j = 0; j < n_pairs; j++) {
     if (kBytes >= kLine || j % (kLine / kBytes) == 0)
-      for (size_t at = 0; at < kBytes; at += kLine) next.fetch(j * kBytes + at);
+      for (size_t at = 0; at < kBytes; at += kLine) fetch_line(next + j * kBytes + at);
     I16Pairs v[D];
     for (int d = 0; d < D; d++) v[d] = load_pairs(values + j * 2 * head_dim + static_cast<size_t>(d) * 2 * kLanes);
     for (int h = 0; h < H; h++) {
@@ -371,25 +371,25 @@ inline void attend_int8(const AttentionQueries& all, size_t first, const Attenti
     factors[h] = factor * quantize_words(all.values + (first + h) * dim, dim, most < kWordLevels ? most : kWordLevels,
                                          queries + h * dim);
   scores += first * kChunkPositions;
-  const NextChunk next(first == 0 ? chunk.next : nullptr);
+  const std::byte* next = first == 0 ? after(chunk) : chunk.keys;
   for (size_t b = 0; b < n_blocks; b++)
-    score_int8<H>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock, next.from(b * block),
+    score_int8<H>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock, next + b * block,
                   scores + b * kPositionsPerBlock);
-  NextChunk left = next.from(n_blocks * block);
+  const std::byte* left = next + n_blocks * block;
   constexpr size_t kLine = 64, kLines = 2;  // for a vector of scores
   for (size_t h = 0; h < H; h++) {
     float* of_query = scores + h * kChunkPositions;
     const size_t end = n_blocks * kPositionsPerBlock;
     out.totals[first + h] = softmax(of_query, positions_of(chunk, all, first + h), end, scales_of(chunk.values, dim),
                                     &out.largest[first + h], [&](size_t) {
-                                      for (size_t line = 0; line < kLines; line++) left.fetch(line * kLine);
-                                      left = left.from(kLines * kLine);
+                                      for (size_t line = 0; line < kLines; line++) fetch_line(left + line * kLine);
+                                      left += kLines * kLine;
                                     });
     factors[h] = quantize_words(of_query, end, kWordLevels, weights + h * kChunkPositions);
   }
   const size_t n_pairs = (n + 1) / 2;
   in_runs<kInt8Vectors>(dim / kLanes, [&]<int D>(size_t v) {
-    weigh_int8<H, D>(weights, values + 2 * v * kLanes, n_pairs, dim, factors, left.from(2 * v * kLanes * n_pairs),
+    weigh_int8<H, D>(weights, values + 2 * v * kLanes, n_pairs, dim, factors, left + 2 * v * kLanes * n_pairs,
                      out.sums + first * dim + v * kLanes);
   });
 }
@@ -542,9 +542,9 @@ inline float sketch_plane(float* u, size_t n, float spread, float& rms, uint8_t*
   return best;
 }
 
-// They are a little above the best for a normal distribution (0.996: Max, Quantizing for minimum distortion, 1960),
-// so that less is left at its tails, which the others cannot reach.
-constexpr float kSpreads[kSketchPlanes] = {1.1f, 1.1f, 0.9f};
+// The first is a little above the best for a normal distribution (0.996: Max, Quantizing for minimum distortion, 1960),
+// the second reaches for what the first leaves at the tails: where neither did, most of the last error was there.
+constexpr float kSpreads[kSketchPlanes] = {1.1f, 1.9f, 0.9f};
 
 template <RowType type>
 inline RowSketch sketch(const FloatRows& w, const float* means, const float* inverse_scales, float* work,

@@ -273,7 +273,8 @@ void pack_rows(void (*pack_trits)(const uint8_t*, size_t, uint8_t*), const Terna
 void codes_to_columns(const uint8_t* codes, size_t code_stride, size_t n_cols, const TernaryColumns& w, size_t unit,
                       size_t first_col, uint8_t* out);
 
-// Bytes of one position's key or value, and of a chunk's keys or values.
+// Bytes of one position's key or value: of its numbers, and with its scale; and of a chunk's keys or values.
+size_t number_bytes(CacheType type, size_t head_dim);
 size_t position_bytes(CacheType type, size_t head_dim);
 size_t chunk_bytes(CacheType type, size_t head_dim);
 
