@@ -2,7 +2,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 
 namespace bitnet {
 
@@ -15,6 +14,8 @@ inline void prefetch(const void* data, size_t bytes) {
 }
 
 // One line, into the first-level cache.
-inline void prefetch_line(const uint8_t* line) { __asm__ volatile("prefetcht0 %0" : : "m"(*line)); }
+inline void prefetch_line(const void* line) {
+  __asm__ volatile("prefetcht0 %0" : : "m"(*static_cast<const char*>(line)));
+}
 
 }  // namespace bitnet

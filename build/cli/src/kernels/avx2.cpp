@@ -11,6 +11,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "prefetch.h"
+#include "rounding.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2")
@@ -26,7 +27,6 @@ constexpr int kInt8Queries = 4, kInt8Sums = 1, kInt8Vectors = 1;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 
 inline int32_t sum_of(__m256i a) {
   __m128i s = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
@@ -64,7 +64,7 @@ inline __m256i one_row(const uint8_t* row, size_t n_blocks, const int8_t* x) {
       x += kTernaryBlock;
     };
     for (size_t i = 0; i < n / 2; i++) {
-      if (!kAlone) prefetch(row + kPrefetchBytes);
+      if (!kAlone) prefetch_line(row + kPrefetchBytes);
       add_block();
       add_block();
     }
@@ -99,7 +99,7 @@ inline void one_row_by_tokens(const uint8_t* row, size_t cols, const int8_t* x, 
     __m256i sums[N];
     for (__m256i& s : sums) s = _mm256_setzero_si256();
     for (size_t b = first; b < last; b++) {
-      if (b % 2 == 0) prefetch(row + b * 32 + kPrefetchBytes);
+      if (b % 2 == 0) prefetch_line(row + b * 32 + kPrefetchBytes);
       const __m256i codes = load256(row + b * 32);
       const __m256i c0 = _mm256_and_si256(_mm256_srli_epi16(codes, 6), mask);
       const __m256i c1 = _mm256_and_si256(_mm256_srli_epi16(codes, 4), mask);

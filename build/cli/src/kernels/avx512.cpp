@@ -10,6 +10,7 @@
 #include "half.h"
 #include "kernels.h"
 #include "prefetch.h"
+#include "rounding.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,fma,f16c,bmi2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
@@ -25,7 +26,6 @@ constexpr int kInt8Queries = 4, kInt8Sums = 2, kInt8Vectors = 4;
 #include "float_kernels.h"
 
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
-inline void prefetch(const void* p) { _mm_prefetch(static_cast<const char*>(p), _MM_HINT_T0); }
 inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 
 // A register's low half for the first and third, its high half for the second and fourth code of a byte: a block is
@@ -66,7 +66,7 @@ inline __m512i one_row(const uint8_t* row, size_t n_blocks, const int8_t* x) {
   };
   for (; n_blocks >= kSide; n_blocks -= kSide)
     for (size_t i = 0; i < kSide; i++) {
-      if (!kAlone && i % 2 == 0) prefetch(row + kPrefetchBytes);
+      if (!kAlone && i % 2 == 0) prefetch_line(row + kPrefetchBytes);
       add_block(i);
     }
   for (; n_blocks > 0; n_blocks--) add_block(0);
@@ -98,7 +98,7 @@ inline void tile(const uint8_t* rows, size_t cols, const int8_t* x, __m512i (&ac
     __m512i codes[R];
     for (int r = 0; r < R; r++) {
       const uint8_t* p = rows + static_cast<size_t>(r) * (cols / 4) + b * 32;
-      if (b % 2 == 0) prefetch(p + kPrefetchBytes);
+      if (b % 2 == 0) prefetch_line(p + kPrefetchBytes);
       codes[r] = load_twice(p);
     }
     const auto add = [&](__m512i shift, const int8_t* at) {

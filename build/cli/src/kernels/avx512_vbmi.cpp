@@ -10,6 +10,7 @@
 
 #include "columns.h"
 #include "kernels.h"
+#include "prefetch.h"
 
 #pragma GCC push_options
 #pragma GCC target("avx2,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,avx512vbmi")
@@ -107,7 +108,7 @@ inline __m512i row_by_token(const uint8_t* row, size_t halves, const int8_t* lai
   __m512i acc[5];
   for (__m512i& a : acc) a = zeros();
   for (size_t half = 0; half < halves; half++, row += 64, laid += 5 * 64) {
-    _mm_prefetch(reinterpret_cast<const char*>(row + kPrefetchBytes), _MM_HINT_T0);
+    prefetch_line(row + kPrefetchBytes);
     const __m512i v = load512(row);
     const __m512i q = below81(v), codes = codes_of(q);
     for (int c = 0; c < 4; c++)
@@ -158,7 +159,7 @@ inline void rows_by_tokens(const TernaryRows& w, size_t first, const int8_t* lai
     __m512i four[R], fifth[R];
     for (int r = 0; r < R; r++) {
       const uint8_t* p = data + static_cast<size_t>(r) * stride + half * 64;
-      _mm_prefetch(reinterpret_cast<const char*>(p + kPrefetchBytes), _MM_HINT_T0);
+      prefetch_line(p + kPrefetchBytes);
       const __m512i trits = load512(p);
       four[r] = code_table[trits];
       fifth[r] = fifth_table[trits];

@@ -4,6 +4,7 @@
 
 #include "half.h"
 #include "kernels.h"
+#include "rounding.h"
 
 namespace bitnet {
 namespace scalar {

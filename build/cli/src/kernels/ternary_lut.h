@@ -44,7 +44,7 @@ void lut_numbers(const TernaryRows& w, LutScratch& scratch) {
     uint8_t* out = scratch.numbers + r * kLutGroups;
     for (size_t b = 0; b < w.cols / kTernaryBlock; b++, out += 4 * step) {
       if (b % 2 == 0)
-        for (size_t i = 0; i < kSide; i++) prefetch(row + (kAhead + i) * stride + b * 32);
+        for (size_t i = 0; i < kSide; i++) prefetch_line(row + (kAhead + i) * stride + b * 32);
       __m256i numbers[kSide];
       for (size_t i = 0; i < kSide; i++) numbers[i] = numbers_of(w.type, row + i * stride, b);
       transpose4(numbers);
@@ -120,7 +120,8 @@ inline size_t first_column(size_t step) {
 // Asks for a step's activations: four short runs, which the processor does not foresee.
 inline void prefetch_step(const int8_t* x, size_t step, size_t n_tokens) {
   for (size_t i = 0; i < 4; i++)
-    for (size_t b = 0; b < kLutGroups * n_tokens; b += 64) prefetch(x + (first_column(step) + i * 32) * n_tokens + b);
+    for (size_t b = 0; b < kLutGroups * n_tokens; b += 64)
+      prefetch_line(x + (first_column(step) + i * 32) * n_tokens + b);
 }
 
 // Adds the sums of kLutGroups groups to a row: those of its numbers of base 3, of which `word` has one in each byte. A

@@ -71,7 +71,7 @@ size_t cap(const TernaryColumns& w, int8_t* x, int8_t* excess) {
       const size_t step = static_cast<size_t>(std::countr_zero(steps)), first = c + step * kLutGroups;
       n += cap_step(x + first, static_cast<int>(sums[step]) - kByteCap, [&](size_t i, int8_t cut) {
         excess[first + i] = cut;
-        bitnet::prefetch(w.data + (first + i) * w.column_bytes(), w.column_bytes());
+        prefetch(w.data + (first + i) * w.column_bytes(), w.column_bytes());
       });
     }
   }
