@@ -1,6 +1,9 @@
 #include "thread_pool.h"
 
 #include <immintrin.h>
+#include <sched.h>
+#include <time.h>
+#include <unistd.h>
 
 #include <cassert>
 #include <chrono>
@@ -20,17 +23,50 @@ size_t end_of(uint64_t word) { return static_cast<size_t>(word & kPieceMask); }
 
 // Long enough to bridge the short serial steps between two loops, far shorter than a scheduler's time slice.
 constexpr auto kSpin = std::chrono::microseconds(30);
+// In which a thread that has its processor is seen to compute.
+constexpr auto kLook = std::chrono::microseconds(10);
 
-// Waits until value != old: first spinning, then asleep.
-void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old) {
-  const auto deadline = std::chrono::steady_clock::now() + kSpin;
+bool changes_within(std::chrono::microseconds time, const std::atomic<uint32_t>& value, uint32_t old) {
+  const auto deadline = std::chrono::steady_clock::now() + time;
   do {
     for (int i = 0; i < 32; i++) {
-      if (value.load(std::memory_order_acquire) != old) return;
+      if (value.load(std::memory_order_acquire) != old) return true;
       _mm_pause();
     }
   } while (std::chrono::steady_clock::now() < deadline);
+  return false;
+}
+
+pid_t this_thread() {
+  static thread_local const pid_t id = gettid();
+  return id;
+}
+
+// For how many nanoseconds a thread has computed. The clock is pthread_getcpuclockid()'s, made from the thread's number
+// as glibc makes it, since that of a thread that is gone is an error here and not undefined.
+int64_t computed(pid_t thread) {
+  timespec t{};
+  clock_gettime(static_cast<clockid_t>(~static_cast<unsigned>(thread) << 3 | 6), &t);
+  return int64_t{t.tv_sec} * 1'000'000'000 + t.tv_nsec;
+}
+
+void move(pid_t thread, int processor) {
+  cpu_set_t only;
+  CPU_ZERO(&only);
+  CPU_SET(processor, &only);
+  sched_setaffinity(thread, sizeof only, &only);
+}
+
+// Sleeps until value != old, and lends the own processor to a thread meanwhile, which goes back to its own after that.
+void sleep_and_lend(const std::atomic<uint32_t>& value, uint32_t old, pid_t thread, int home) {
+  const int here = sched_getcpu();
+  cpu_set_t allowed;
+  const bool lends = here >= 0 && here != home && sched_getaffinity(thread, sizeof allowed, &allowed) == 0;
+  if (lends) move(thread, here);
   value.wait(old, std::memory_order_acquire);
+  if (!lends) return;
+  move(thread, home);
+  sched_setaffinity(thread, sizeof allowed, &allowed);
 }
 
 }  // namespace
@@ -50,6 +86,25 @@ void ThreadPool::stop() {
   stopping_.store(true, std::memory_order_relaxed);
   loop_.fetch_add(1, std::memory_order_release);
   loop_.notify_all();
+}
+
+// Waits until value != old: first spinning, then asleep. A thread in the loop that has lost its processor to another
+// process would keep all others waiting for some milliseconds, until it has its turn there again, while their
+// processors are idle: it gets one of those for what it has in its hands.
+void ThreadPool::wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, size_t thread) {
+  if (changes_within(kSpin, value, old)) return;
+  for (size_t i = 1; i < runs_.size(); i++) {
+    Run& other = runs_[(thread + i) % runs_.size()];
+    const pid_t id = other.thread.load(std::memory_order_acquire);
+    if (id == 0 || other.helped.exchange(true, std::memory_order_acq_rel)) continue;
+    const int64_t before = computed(id);
+    const bool changed = changes_within(kLook, value, old);
+    if (!changed && other.thread.load(std::memory_order_acquire) == id && computed(id) == before)
+      sleep_and_lend(value, old, id, other.processor.load(std::memory_order_relaxed));
+    other.helped.store(false, std::memory_order_release);
+    if (changed) return;
+  }
+  value.wait(old, std::memory_order_acquire);
 }
 
 // The first piece of a thread's own run; false when there is none.
@@ -79,6 +134,9 @@ bool ThreadPool::take_over(uint32_t loop, size_t thread, size_t other) {
 }
 
 void ThreadPool::take_pieces(uint32_t loop, size_t thread) {
+  Run& own = runs_[thread];
+  own.processor.store(sched_getcpu(), std::memory_order_relaxed);
+  own.thread.store(this_thread(), std::memory_order_release);
   uint32_t n_done = 0;
   bool more = true;
   while (more) {
@@ -86,8 +144,9 @@ void ThreadPool::take_pieces(uint32_t loop, size_t thread) {
     more = false;
     for (size_t i = 1; i < runs_.size() && !more; i++) more = take_over(loop, thread, (thread + i) % runs_.size());
   }
+  if (n_done > 0 && then_) then_(then_context_, thread);
+  own.thread.store(0, std::memory_order_release);
   if (n_done == 0) return;  // the loop may be over, and what belongs to it gone
-  if (then_) then_(then_context_, thread);
   if (unfinished_.fetch_sub(n_done, std::memory_order_acq_rel) == n_done) unfinished_.notify_one();
 }
 
@@ -100,7 +159,7 @@ std::optional<size_t> ThreadPool::upcoming(size_t thread) const {
 void ThreadPool::work(size_t thread) {
   uint32_t seen = 0;
   for (;;) {
-    wait_for_change(loop_, seen);
+    wait_for_change(loop_, seen, thread);
     seen = loop_.load(std::memory_order_acquire);
     if (stopping_.load(std::memory_order_relaxed)) return;
     take_pieces(seen, thread);
@@ -129,7 +188,7 @@ void ThreadPool::run(size_t n, Body body, void* context, Then then, void* then_c
   loop_.store(loop, std::memory_order_release);
   loop_.notify_all();
   take_pieces(loop, 0);
-  for (uint32_t left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_for_change(unfinished_, left);
+  for (uint32_t left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_for_change(unfinished_, left, 0);
 }
 
 }  // namespace bitnet

@@ -4,6 +4,8 @@
 // nothing to do spins for microseconds at most, then sleeps in the kernel. Between loops nothing runs.
 #pragma once
 
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
@@ -60,8 +62,12 @@ class ThreadPool {
 
   // What is left of a thread's run: the loop's number (24 bits), the first piece and the end (20 bits each) in one
   // word, so that a thread that wakes late can never take a piece of a loop that it did not see.
+  // Beside it, for others to look at: the thread's number while it works in a loop, 0 otherwise, …
   struct alignas(64) Run {
     std::atomic<uint64_t> word{0};
+    std::atomic<pid_t> thread{0};
+    std::atomic<int> processor{0};    // … where it began to, …
+    std::atomic<bool> helped{false};  // … and whether another sees to it
   };
   static constexpr size_t kMaxPieces = (size_t{1} << 20) - 1;
 
@@ -71,6 +77,7 @@ class ThreadPool {
   void take_pieces(uint32_t loop, size_t thread);
   bool take(uint32_t loop, size_t thread, size_t& piece);
   bool take_over(uint32_t loop, size_t thread, size_t other);
+  void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, size_t thread);
 
   // One loop at a time.
   Body body_ = nullptr;

@@ -1,7 +1,10 @@
 #include "thread_pool.h"
 
 #include <doctest/doctest.h>
+#include <sched.h>
+#include <unistd.h>
 
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <ctime>
@@ -60,6 +63,44 @@ TEST_CASE("what comes next is known") {
       else
         CHECK(n_known.load() < n);
     }
+  }
+}
+
+TEST_CASE("beside a busy process all is done once, and every thread may use the processors that it might before") {
+  cpu_set_t allowed;
+  REQUIRE(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
+  std::atomic<bool> over{false};
+  std::jthread busy([&] {
+    cpu_set_t first;
+    CPU_ZERO(&first);
+    for (int i = 0; i < CPU_SETSIZE && CPU_COUNT(&first) == 0; i++)
+      if (CPU_ISSET(i, &allowed)) CPU_SET(i, &first);
+    sched_setaffinity(0, sizeof first, &first);
+    while (!over.load()) {
+    }
+  });
+  ThreadPool pool(4);
+  std::array<std::atomic<pid_t>, 4> threads{};
+  for (int round = 0; round < 1000; round++) {
+    std::array<std::atomic<int>, 64> done{};
+    pool.for_each(done.size(), [&](size_t i, size_t thread) {
+      threads[thread] = gettid();
+      const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(5);
+      while (std::chrono::steady_clock::now() < until) {
+      }
+      done[i].fetch_add(1);
+    });
+    for (const auto& count : done) REQUIRE(count.load() == 1);
+  }
+  over = true;
+  // A thread that sleeps until the next loop may have lent its processor, which that loop ends.
+  pool.for_each(64, [](size_t, size_t) {});
+  std::this_thread::sleep_for(std::chrono::milliseconds(100));
+  for (const auto& thread : threads) {
+    if (thread == 0) continue;
+    cpu_set_t now;
+    REQUIRE(sched_getaffinity(thread, sizeof now, &now) == 0);
+    CHECK(CPU_EQUAL(&now, &allowed) != 0);
   }
 }
 
