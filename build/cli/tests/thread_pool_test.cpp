@@ -9,6 +9,7 @@
 #include <chrono>
 #include <ctime>
 #include <optional>
+#include <stop_token>
 #include <thread>
 #include <vector>
 
@@ -69,14 +70,13 @@ TEST_CASE("what comes next is known") {
 TEST_CASE("beside a busy process all is done once, and every thread may use the processors that it might before") {
   cpu_set_t allowed;
   REQUIRE(sched_getaffinity(0, sizeof allowed, &allowed) == 0);
-  std::atomic<bool> over{false};
-  std::jthread busy([&] {
+  std::jthread busy([&](const std::stop_token& over) {
     cpu_set_t first;
     CPU_ZERO(&first);
     for (int i = 0; i < CPU_SETSIZE && CPU_COUNT(&first) == 0; i++)
       if (CPU_ISSET(i, &allowed)) CPU_SET(i, &first);
     sched_setaffinity(0, sizeof first, &first);
-    while (!over.load()) {
+    while (!over.stop_requested()) {
     }
   });
   ThreadPool pool(4);
@@ -92,7 +92,7 @@ TEST_CASE("beside a busy process all is done once, and every thread may use the 
     });
     for (const auto& count : done) REQUIRE(count.load() == 1);
   }
-  over = true;
+  busy.request_stop();
   // A thread that sleeps until the next loop may have lent its processor, which that loop ends.
   pool.for_each(64, [](size_t, size_t) {});
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
