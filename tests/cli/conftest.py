@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.bitnet import Bitnet
+from tests.cli.gguf import Gguf
 from tests.cli.worker import PROMPT, Worker, started
 
 
@@ -33,3 +34,8 @@ def busy(bitnet: Bitnet, endless_model: Path) -> Iterator[Worker]:
         worker.send(id="long", op="completion", prompt=PROMPT, n_predict=-1, ignore_eos=True, stream=True)
         assert worker.receive()["event"] == "token"
         yield worker
+
+
+@pytest.fixture
+def gguf(demo_model: Path) -> Gguf:
+    return Gguf(bytearray(demo_model.read_bytes()))

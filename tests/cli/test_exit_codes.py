@@ -8,7 +8,6 @@ import resource
 import shutil
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,59 +17,11 @@ from hypothesis import strategies as st
 from bitnet_gguf import ModelShape
 from synthesize import synthesize
 from tests.cli.bitnet import Argument, Bitnet, error_line
+from tests.cli.gguf import Gguf
 
 INTERNAL, USAGE, UNREADABLE, TRUNCATED, NOT_GGUF, VERSION, UNSUPPORTED, INVALID, CONTEXT, MEMORY = 1, 2, *range(4, 12)
 
-KEY_TYPES = {"u32": 4, "f32": 6, "string": 8}
 MIB = 2**20
-
-
-@dataclass
-class Gguf:
-    """The bytes of a GGUF file, to be changed in single places."""
-
-    data: bytearray
-
-    def end_of(self, name: str) -> int:
-        """Where a key or the name of a tensor ends."""
-        entry = struct.pack("<Q", len(name)) + name.encode()
-        assert self.data.count(entry) == 1
-        return self.data.index(entry) + len(entry)
-
-    def rename(self, old: str, new: str) -> None:
-        assert len(old) == len(new)
-        end = self.end_of(old)
-        self.data[end - len(old) : end] = new.encode()
-
-    def set_u32(self, position: int, value: int) -> None:
-        struct.pack_into("<I", self.data, position, value)
-
-    def set_key(self, name: str, value: int) -> None:
-        """The value of a key of type u32."""
-        self.set_u32(self.end_of(name) + 4, value)
-
-    def set_key_type(self, name: str, value_type: str) -> None:
-        self.set_u32(self.end_of(name), KEY_TYPES[value_type])
-
-    def set_tensor_type(self, name: str, value: int) -> None:
-        """After the name: the number of dimensions, each of them in 8 bytes, the type, the offset."""
-        position = self.end_of(name)
-        (n_dimensions,) = struct.unpack_from("<I", self.data, position)
-        self.set_u32(position + 4 + 8 * n_dimensions, value)
-
-    def set_dimension(self, name: str, index: int, value: int) -> None:
-        struct.pack_into("<Q", self.data, self.end_of(name) + 4 + 8 * index, value)
-
-    def text(self, key: str) -> tuple[int, int]:
-        """(start, end) of the value of a key of type string."""
-        position = self.end_of(key) + 4
-        (length,) = struct.unpack_from("<Q", self.data, position)
-        return position + 8, position + 8 + length
-
-
-@pytest.fixture
-def gguf(demo_model: Path) -> Gguf:
-    return Gguf(bytearray(demo_model.read_bytes()))
 
 
 def generate(bitnet: Bitnet, model: Path, *options: Argument) -> tuple[int, str]:
@@ -127,6 +78,14 @@ def test_other_files_that_cannot_be_read_or_written(bitnet: Bitnet, demo_model: 
     ):
         code, message = bitnet.error("logits", "-m", demo_model, "--tokens", "1", "-o", path)
         assert (code, message) == (UNREADABLE, f"{path}: cannot be written: {why}")
+
+
+def test_logits_do_not_overwrite_their_model(bitnet: Bitnet, demo_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    shutil.copy(demo_model, model)
+    code, message = bitnet.error("logits", "-m", model, "--tokens", "1", "-o", tmp_path / "." / "model.gguf")
+    assert (code, message) == (UNREADABLE, f"{model}: cannot be written: it is the model")
+    assert model.read_bytes() == demo_model.read_bytes()
 
 
 # its container
@@ -286,6 +245,21 @@ WRONG_MODELS: dict[str, tuple[Change, int, list[str]]] = {
         lambda gguf: gguf.set_key(f"{ARCHITECTURE}.block_count", 0),
         INVALID,
         [f"{ARCHITECTURE}.block_count is 0, expected 1 to"],
+    ),
+    "epsilon out of range": (
+        lambda gguf: gguf.set_float(f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon", 1.5),
+        INVALID,
+        [f"{ARCHITECTURE}.attention.layer_norm_rms_epsilon is 1.5, expected 0 to below 1"],
+    ),
+    "base out of range": (
+        lambda gguf: gguf.set_float(f"{ARCHITECTURE}.rope.freq_base", 0.5),
+        INVALID,
+        [f"{ARCHITECTURE}.rope.freq_base is 0.5, expected 1 to 1e12"],
+    ),
+    "dimensions out of range": (
+        lambda gguf: gguf.set_key(f"{ARCHITECTURE}.rope.dimension_count", 2048),
+        INVALID,
+        [f"{ARCHITECTURE}.rope.dimension_count is 2048, expected 1 to 1024"],
     ),
     "more layers": (
         lambda gguf: gguf.set_key(f"{ARCHITECTURE}.block_count", 7),

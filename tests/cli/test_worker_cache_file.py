@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.cli.bitnet import Bitnet
+from tests.cli.gguf import Gguf
 from tests.cli.worker import Event, Worker, started
 
 TEXT = "There was once a miller who was poor, but he had a beautiful daughter. " * 3
@@ -92,6 +94,7 @@ def test_only_the_first_of_several_completions_uses_it(file: Path, worker: Worke
         "last byte",
         "cut",
         "directory",
+        "pipe",
     ],
 )
 def test_a_damaged_file_is_left_aside_and_overwritten(damage: str, saved: Event, file: Path, fresh: Worker) -> None:
@@ -102,21 +105,34 @@ def test_a_damaged_file_is_left_aside_and_overwritten(damage: str, saved: Event,
     elif damage == "last byte":
         data[-1] ^= 0x80
     file.write_bytes(data[: {"empty": 0, "short header": 20, "cut": len(data) - 1}.get(damage, len(data))])
-    if damage == "directory":
+    if damage in ("directory", "pipe"):
         file.unlink()
-        file.mkdir()
+        file.mkdir() if damage == "directory" else os.mkfifo(file)
     done = ask(fresh, file)
     assert (done["cache_file"], done["tokens_cached"]) == ("invalid", 0)
     assert done["tokens"] == saved["tokens"]
     assert ask(fresh, file, cache_save=True, cache_prompt=False)["cache_file"] == "invalid"
     again = ask(fresh, file, cache_prompt=False)
-    assert again["cache_file"] == ("invalid" if damage == "directory" else "restored")
+    assert again["cache_file"] == ("restored" if file.is_file() else "invalid")
+    assert file.is_fifo() == (damage == "pipe")
     fresh.stdin.close()
     assert fresh.process.stderr is not None
     lines = fresh.process.stderr.read().decode().splitlines()
     assert 2 <= len(lines) <= 4
     assert all(line.startswith(f'bitnet: cache file "{file}" '[:60]) for line in lines)
     assert not any("miller" in line for line in lines)
+
+
+@pytest.mark.parametrize(("key", "value"), [("rope.freq_base", 2e4), ("attention.layer_norm_rms_epsilon", 0.5)])
+def test_a_model_that_computes_otherwise_is_another(
+    key: str, value: float, saved: Event, file: Path, bitnet: Bitnet, gguf: Gguf, tmp_path: Path
+) -> None:
+    gguf.set_float(f"bitnet-b1.58.{key}", value)
+    model = tmp_path / "other.gguf"
+    model.write_bytes(gguf.data)
+    with started(bitnet, model) as worker:
+        done = ask(worker, file)
+    assert (saved["cache_file"], done["cache_file"], done["tokens_cached"]) == ("saved", "invalid", 0)
 
 
 def test_another_cache_type_or_context_does_not_fit(saved: Event, file: Path, bitnet: Bitnet, demo_model: Path) -> None:

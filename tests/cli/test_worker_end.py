@@ -39,6 +39,24 @@ def test_a_signal_ends_it_at_once(number: int, busy: Worker) -> None:
     assert busy.process.wait() == 0
 
 
+def test_it_ends_when_it_has_no_standard_input(bitnet: Bitnet, demo_model: Path) -> None:
+    command = ["sh", "-c", 'exec "$@" <&-', "sh", str(bitnet.path), "worker", "-m", str(demo_model)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert json.loads(process.stdout.read())["event"] == "ready"
+        assert process.wait() == 0
+
+
+def test_a_model_that_becomes_shorter_ends_it_with_a_word(bitnet: Bitnet, demo_model: Path, tmp_path: Path) -> None:
+    model = tmp_path / "model.gguf"
+    model.write_bytes(demo_model.read_bytes())
+    with started(bitnet, model) as worker:
+        os.truncate(model, 4096)
+        worker.send(id="a", op="completion", prompt=PROMPT)
+        code, _, stderr = worker.end()
+    assert (code, stderr) == (5, b"bitnet: a file became shorter, or unreadable, while it was in use\n")
+
+
 def test_it_ends_when_nobody_reads_its_events(bitnet: Bitnet, demo_model: Path, endless_model: Path) -> None:
     with started(bitnet, demo_model) as idle:
         idle.stdout.close()

@@ -39,11 +39,13 @@ uint32_t checksum(const Header& header, std::span<const TokenId> tokens) {
   return crc(crc(0, &header, offsetof(Header, checksum)), tokens.data(), tokens.size_bytes());
 }
 
-// Of what no two models have in common: shapes, norms, scales and the first embeddings.
+// Of what no two models have in common: shapes, norms, scales, rotations and the first embeddings.
 uint64_t fingerprint(const Model& model) {
   const Config& c = model.config();
   const uint64_t shape[] = {c.n_vocab, c.dim, c.n_layers, c.ffn_dim, c.n_heads, c.n_kv_heads, c.head_dim};
   uint32_t sum = crc(0, shape, sizeof shape);
+  sum = crc(sum, &c.norm_epsilon, sizeof c.norm_epsilon);
+  sum = crc(sum, model.rope_frequencies().data(), model.rope_frequencies().size() * sizeof(float));
   for (const Layer& layer : model.layers()) {
     sum = crc(sum, layer.attn_norm, c.dim * sizeof(float));
     sum = crc(sum, layer.attn_sub_norm, c.q_dim() * sizeof(float));
@@ -113,13 +115,15 @@ void for_each_chunk(const KvCache& cache, size_t n_positions, Part&& part, End&&
 // A file descriptor, and what it was opened for: without commit() the file goes with it.
 class TemporaryFile {
  public:
-  explicit TemporaryFile(const std::string& path)
-      : path_(path + "." + std::to_string(getpid()) + ".tmp"),
-        file(open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600)) {
-    if (file < 0) fail_errno(path, "cannot be written");
+  explicit TemporaryFile(const std::string& path) : path_(path + "." + std::to_string(getpid()) + ".tmp") {
+    struct stat status;
+    if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))  // a rename would replace a device
+      refuse(path, "cannot be written: not a regular file");
+    file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
+    if (file_ < 0) fail_errno(path, "cannot be written");
   }
   ~TemporaryFile() {
-    close(file);
+    close(file_);
     if (!path_.empty()) unlink(path_.c_str());
   }
   TemporaryFile(const TemporaryFile&) = delete;
@@ -130,11 +134,11 @@ class TemporaryFile {
     path_.clear();
   }
 
+  int file() const { return file_; }
+
  private:
   std::string path_;
-
- public:
-  const int file;
+  int file_;
 };
 
 }  // namespace
@@ -182,11 +186,11 @@ void CacheFile::save(const std::string& path, const Model& model, const KvCache&
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   header.checksum = checksum(header, tokens);
   TemporaryFile out(path);
-  write_exactly(out.file, &header, sizeof header, path);
-  write_exactly(out.file, tokens.data(), tokens.size_bytes(), path);
+  write_exactly(out.file(), &header, sizeof header, path);
+  write_exactly(out.file(), tokens.data(), tokens.size_bytes(), path);
   for_each_chunk(
-      cache, tokens.size(), [&](const std::byte* bytes, size_t n) { write_exactly(out.file, bytes, n, path); },
-      [&](uint32_t sum) { write_exactly(out.file, &sum, sizeof sum, path); });
+      cache, tokens.size(), [&](const std::byte* bytes, size_t n) { write_exactly(out.file(), bytes, n, path); },
+      [&](uint32_t sum) { write_exactly(out.file(), &sum, sizeof sum, path); });
   out.commit(path);
 }
 

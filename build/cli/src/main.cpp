@@ -1,4 +1,5 @@
 // The command line: options in, exit code out. docs/cli.md describes it.
+#include <fcntl.h>
 #include <unistd.h>
 
 #include <CLI/CLI.hpp>
@@ -6,9 +7,11 @@
 #include <cerrno>
 #include <charconv>
 #include <cmath>
+#include <csignal>
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <filesystem>
 #include <fstream>
 #include <memory>
 #include <nlohmann/json.hpp>
@@ -288,6 +291,9 @@ struct Logits {
     if (ids.size() > engine.n_ctx) throw ContextExceeded(ids.size(), engine.n_ctx);
     KvCache cache(engine.config(), engine.n_ctx, engine.kv_type);
     std::vector<float> logits(std::min(engine.transformer.max_batch(), ids.size()) * n_vocab);
+    std::error_code not_there;
+    if (std::filesystem::equivalent(output, model.engine.model_path, not_there))
+      throw Error(ExitCode::kFileUnreadable, output + ": cannot be written: it is the model");
     std::ofstream file(output, std::ios::binary | std::ios::trunc);
     if (!file) fail_errno(output, "cannot be written");
     for (size_t done = 0; done < ids.size();) {
@@ -504,6 +510,16 @@ int run(int argc, char** argv) {
 }  // namespace bitnet
 
 int main(int argc, char** argv) {
+  // A standard stream that is closed would become the next file that is opened.
+  for (int fd = 0; fd >= 0 && fd <= STDERR_FILENO;) {
+    fd = open("/dev/null", O_RDWR | O_CLOEXEC);
+    if (fd > STDERR_FILENO) close(fd);
+  }
+  std::signal(SIGBUS, [](int) {
+    constexpr std::string_view kMessage = "bitnet: a file became shorter, or unreadable, while it was in use\n";
+    [[maybe_unused]] const ssize_t n = write(STDERR_FILENO, kMessage.data(), kMessage.size());
+    _exit(static_cast<int>(bitnet::ExitCode::kFileTruncated));
+  });
   if (!bitnet::supported(bitnet::Isa::kAvx2)) {
     std::fputs("bitnet: this processor lacks AVX2, FMA, F16C or BMI2, which bitnet needs\n", stderr);
     return static_cast<int>(bitnet::ExitCode::kUnsupportedProcessor);

@@ -4,9 +4,11 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <array>
 #include <atomic>
 #include <chrono>
 #include <cmath>
+#include <cstdio>
 #include <cstring>
 
 #include "elementary.h"
@@ -18,9 +20,16 @@ namespace {
 
 constexpr size_t kMaxDimension = size_t{1}
                                  << 20;  // of anything but the vocabulary: keeps every product far from overflow
+constexpr size_t kMaxHeads = 4096;
 constexpr size_t kMaxLayers = 1024;
 constexpr size_t kMaxVocabulary = size_t{1} << 24;
 constexpr size_t kMaxContext = size_t{1} << 20;
+
+std::string shown(double number) {
+  std::array<char, 32> text;
+  std::snprintf(text.data(), text.size(), "%g", number);
+  return text.data();
+}
 
 [[noreturn]] void invalid(const GgufFile& file, const std::string& what) {
   throw Error(ExitCode::kInvalidModel, file.path() + ": " + what);
@@ -184,15 +193,16 @@ Config read_config(const GgufFile& file) {
   c.n_layers = size("block_count", kMaxLayers);
   c.ffn_dim = size("feed_forward_length", kMaxDimension);
   c.n_ctx = size("context_length", kMaxContext);
-  c.n_heads = size("attention.head_count", kMaxDimension);
+  c.n_heads = size("attention.head_count", kMaxHeads);
   c.n_kv_heads = in_range("attention.head_count_kv",
                           file.find_uint(prefix + "attention.head_count_kv").value_or(c.n_heads), c.n_heads);
   if (c.n_heads % c.n_kv_heads != 0)
     invalid(file, prefix + "attention.head_count " + std::to_string(c.n_heads) +
                       " is not a multiple of head_count_kv " + std::to_string(c.n_kv_heads));
   const size_t rope_dim = file.find_uint(prefix + "rope.dimension_count").value_or(c.dim / c.n_heads);
+  const auto key_dim = file.find_uint(prefix + "attention.key_length");
   c.head_dim =
-      in_range("attention.key_length", file.find_uint(prefix + "attention.key_length").value_or(rope_dim), kMaxHeadDim);
+      in_range(key_dim ? "attention.key_length" : "rope.dimension_count", key_dim.value_or(rope_dim), kMaxHeadDim);
   const size_t value_dim = file.find_uint(prefix + "attention.value_length").value_or(c.head_dim);
   if (rope_dim != c.head_dim || value_dim != c.head_dim || c.head_dim % kLanes != 0)
     throw Error(ExitCode::kUnsupportedModel,
@@ -206,8 +216,9 @@ Config read_config(const GgufFile& file) {
   c.norm_epsilon = static_cast<float>(file.get_float(prefix + "attention.layer_norm_rms_epsilon"));
   c.rope_base = file.find_float(prefix + "rope.freq_base").value_or(10000.0);
   if (!(c.norm_epsilon >= 0.0f && c.norm_epsilon < 1.0f))
-    invalid(file, prefix + "attention.layer_norm_rms_epsilon is out of range");
-  if (!(c.rope_base >= 1.0 && c.rope_base <= 1e12)) invalid(file, prefix + "rope.freq_base is out of range");
+    invalid(file, prefix + "attention.layer_norm_rms_epsilon is " + shown(c.norm_epsilon) + ", expected 0 to below 1");
+  if (!(c.rope_base >= 1.0 && c.rope_base <= 1e12))
+    invalid(file, prefix + "rope.freq_base is " + shown(c.rope_base) + ", expected 1 to 1e12");
   const Tensor* embedding = file.find_tensor("token_embd.weight");
   if (!embedding) invalid(file, "tensor token_embd.weight is missing");
   const uint64_t vocabulary =

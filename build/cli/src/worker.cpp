@@ -317,9 +317,8 @@ class Worker {
   void accept(const std::string& id, MaskRequest request) {
     post([this, id, request = std::move(request)] {
       const auto it = tickets_.find(id);
-      if (it == tickets_.end()) {
-        if (request.error) send(error_event(id, *request.error));
-      } else if (request.error) {
+      if (it == tickets_.end()) return;
+      if (request.error) {
         scheduler_.fail(it->second, *request.error);
       } else {
         scheduler_.answer(it->second, request.index, request.answer);
@@ -432,11 +431,11 @@ class Worker {
 
 void run_worker(const EngineOptions& options) {
   const Clock::time_point start = Clock::now();
-  Input input;  // from here on the parent's end is seen
-  Engine engine(options);
   std::signal(SIGPIPE, SIG_IGN);
   std::signal(SIGTERM, end_process);
   std::signal(SIGINT, end_process);
+  Input input;  // from here on the parent's end is seen
+  Engine engine(options);
   Worker(engine, input).run(std::chrono::duration<double, std::milli>(Clock::now() - start).count());
 }
 
