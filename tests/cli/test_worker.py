@@ -108,7 +108,7 @@ def test_a_prompt_may_mix_texts_and_token_ids(worker: Worker) -> None:
 
 def test_special_and_chat_make_the_prompt(worker: Worker) -> None:
     spelled = worker.complete("User: Hi<|eot_id|>Assistant: ", special=True, n_predict=12)
-    chat = worker.complete(" Hi\n", chat=True, n_predict=12)
+    chat = worker.complete(" \x1c\u3000Hi\u00a0\u2028\x85\n", chat=True, n_predict=12)
     assert (chat["tokens"], chat["tokens_evaluated"]) == (spelled["tokens"], spelled["tokens_evaluated"])
     assert worker.complete("User: Hi<|eot_id|>Assistant: ", n_predict=0)["tokens_evaluated"] > chat["tokens_evaluated"]
 

@@ -117,6 +117,26 @@ def test_dry_ends_a_loop_unless_a_breaker_excuses_it(worker: Worker) -> None:
     assert set(worker.complete(PROMPT, **fields, dry_penalty_last_n=0)["tokens"]) == {king}
 
 
+def test_the_smallest_penalty_leaves_probabilities(worker: Worker) -> None:
+    run = list(range(10, 32))  # so long that what DRY takes from its next token's logit is infinite
+    done = worker.complete(
+        [token for i in range(10) for token in [*run, 200 + i]] + run,
+        n_predict=4,
+        samplers=["dry", "penalties", "top_n_sigma", "temperature"],
+        repeat_penalty=1e-50,
+        repeat_last_n=-1,
+        dry_multiplier=100,
+        dry_base=100,
+        dry_allowed_length=0,
+        dry_sequence_breakers=[],
+        top_n_sigma=1,
+        temperature=1,
+        n_probs=5,
+        post_sampling_probs=True,
+    )
+    assert all(0 <= entry["prob"] <= 1 for entry in done["probabilities"])
+
+
 def test_time_for_the_text_ends_it_after_a_line(bitnet: Bitnet, endless_model: Path) -> None:
     with started(bitnet, endless_model, "--ctx-size", "32768") as worker:
         newline = worker.tokenize("\n")[0]

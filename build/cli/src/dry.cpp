@@ -1,6 +1,8 @@
 #include "dry.h"
 
 #include <algorithm>
+#include <map>
+#include <string_view>
 
 namespace bitnet {
 namespace {
@@ -46,10 +48,20 @@ std::vector<size_t> common_ends(std::span<const TokenId> history) {
 
 DryBreakers dry_breakers(const Tokenizer& tokenizer, std::span<const std::string> strings) {
   DryBreakers breakers;
-  const auto add = [&](TokenId head, std::vector<TokenId> tail) {
+  // Of each string, what is left after its first bytes: many tokens end with the same.
+  std::map<std::string_view, std::vector<TokenId>> tails;
+  const auto tail_of = [&](std::string_view rest) -> const std::vector<TokenId>& {
+    const auto [at, is_new] = tails.try_emplace(rest);
+    if (is_new) {
+      at->second = tokenizer.encode(rest, false);
+      at->second.resize(std::min(at->second.size(), kMaxTail));
+    }
+    return at->second;
+  };
+  const auto add = [&](TokenId head, const std::vector<TokenId>& tail) {
     const auto [first, last] = breakers.equal_range(head);
     if (std::none_of(first, last, [&](const auto& known) { return known.second == tail; }))
-      breakers.emplace(head, std::move(tail));
+      breakers.emplace(head, tail);
   };
   for (size_t token = 0; token < tokenizer.vocab_size(); token++) {
     const auto id = static_cast<TokenId>(token);
@@ -62,11 +74,7 @@ DryBreakers dry_breakers(const Tokenizer& tokenizer, std::span<const std::string
       }
       const size_t most = std::min(text.size(), breaker.size() - 1);
       for (size_t n = 1; n <= most; n++)  // the token ends with the breaker's first n bytes
-        if (text.compare(text.size() - n, n, breaker, 0, n) == 0) {
-          std::vector<TokenId> tail = tokenizer.encode(std::string_view(breaker).substr(n), false);
-          tail.resize(std::min(tail.size(), kMaxTail));
-          add(id, std::move(tail));
-        }
+        if (text.compare(text.size() - n, n, breaker, 0, n) == 0) add(id, tail_of(std::string_view(breaker).substr(n)));
     }
   }
   return breakers;
