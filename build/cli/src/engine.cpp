@@ -24,14 +24,15 @@ size_t most_threads(const EngineOptions& options) {
 }
 
 // The number of threads that is fastest here and now. Processors that the system counts need not be cores, nor wholly
-// ours: so a few are tried with the first layers of the model itself, in turn, for 50 ms at most. Fewer threads win a
-// tie; they leave more to others.
+// ours: so a few are tried with the first layers of the model itself, in turn, for 50 ms at most. The best time of each
+// counts: what others did meanwhile may be over soon, and the choice stays. Fewer threads have to be clearly faster: a
+// prompt, which is not tried, gains more from the others than a token does.
 size_t fastest_threads(const EngineOptions& options, Model& model) {
   const size_t most = most_threads(options);
   if (options.n_threads > 0 || most == 1) return most;
-  constexpr size_t kLayers = 2, kRounds = 8;
+  constexpr size_t kLayers = 2, kTurns = 2, kRuns = 6;
   constexpr auto kLimit = std::chrono::milliseconds(50);
-  constexpr double kWorthIt = 0.97;  // of the time with fewer threads
+  constexpr double kWorthIt = 0.9;  // of the time with more threads
   struct Trial {
     Trial(Model& model, const EngineOptions& options, size_t n_threads)
         : pool(n_threads),
@@ -45,24 +46,25 @@ size_t fastest_threads(const EngineOptions& options, Model& model) {
     ThreadPool pool;
     Transformer transformer;
     KvCache cache;
-    std::chrono::steady_clock::duration time{0};
+    std::chrono::steady_clock::duration best = std::chrono::steady_clock::duration::max();
   };
-  std::vector<std::unique_ptr<Trial>> trials;  // from few threads to many
-  for (const size_t n : {most / 2, most - most / 4, most})
-    if (n > 0 && (trials.empty() || n > trials.back()->pool.size()))
-      trials.push_back(std::make_unique<Trial>(model, options, n));
+  std::vector<std::unique_ptr<Trial>> trials;  // from many threads to few: the time may not last for all
+  for (const size_t n : {most, most - most / 4, most / 2})
+    if (trials.empty() || n < trials.back()->pool.size()) trials.push_back(std::make_unique<Trial>(model, options, n));
+  for (const auto& trial : trials) trial->run();  // finds no pages yet
   const auto start = std::chrono::steady_clock::now();
-  for (size_t round = 0; round <= kRounds && std::chrono::steady_clock::now() - start < kLimit; round++)
-    for (const auto& trial : trials) {
-      const auto before = std::chrono::steady_clock::now();
-      trial->run();
-      if (round > 0) trial->time += std::chrono::steady_clock::now() - before;  // the first one finds no pages
-    }
-  const Trial* best = trials.front().get();
+  for (size_t turn = 0; turn < kTurns; turn++)
+    for (const auto& trial : trials)
+      for (size_t run = 0; run < kRuns && std::chrono::steady_clock::now() - start < kLimit; run++) {
+        const auto before = std::chrono::steady_clock::now();
+        trial->run();
+        trial->best = std::min(trial->best, std::chrono::steady_clock::now() - before);
+      }
+  const Trial* fastest = trials.front().get();
   for (const auto& trial : trials)
-    if (static_cast<double>(trial->time.count()) < kWorthIt * static_cast<double>(best->time.count()))
-      best = trial.get();
-  return best->pool.size();
+    if (static_cast<double>(trial->best.count()) < kWorthIt * static_cast<double>(fastest->best.count()))
+      fastest = trial.get();
+  return fastest->pool.size();
 }
 
 // How many completions run at a time. What does not fit is said before anything large is touched: an allocation

@@ -7,6 +7,7 @@
 
 #include <cassert>
 #include <chrono>
+#include <optional>
 
 namespace bitnet {
 namespace {
@@ -57,16 +58,33 @@ void move(pid_t thread, int processor) {
   sched_setaffinity(thread, sizeof only, &only);
 }
 
+// A processor that a thread may use and nobody takes: the one that it likes, if that is one.
+std::optional<int> free_processor(const cpu_set_t& allowed, const cpu_set_t& taken, int liked) {
+  const auto is_free = [&](int i) { return CPU_ISSET(i, &allowed) && !CPU_ISSET(i, &taken); };
+  if (is_free(liked)) return liked;
+  for (int i = 0; i < CPU_SETSIZE; i++)
+    if (is_free(i)) return i;
+  return {};
+}
+
+// The processors that a thread may use; none where it has only one, be it the user's wish or another pool's loan: such
+// a thread stays where it is.
+std::optional<cpu_set_t> processors_of(pid_t thread) {
+  cpu_set_t allowed;
+  if (sched_getaffinity(thread, sizeof allowed, &allowed) != 0 || CPU_COUNT(&allowed) < 2) return {};
+  return allowed;
+}
+
 // Sleeps until value != old, and lends the own processor to a thread meanwhile, which goes back to its own after that.
 void sleep_and_lend(const std::atomic<uint32_t>& value, uint32_t old, pid_t thread, int home) {
   const int here = sched_getcpu();
-  cpu_set_t allowed;
-  const bool lends = here >= 0 && here != home && sched_getaffinity(thread, sizeof allowed, &allowed) == 0;
+  const std::optional<cpu_set_t> allowed = processors_of(thread);
+  const bool lends = allowed && here >= 0 && here != home;
   if (lends) move(thread, here);
   value.wait(old, std::memory_order_acquire);
   if (!lends) return;
   move(thread, home);
-  sched_setaffinity(thread, sizeof allowed, &allowed);
+  sched_setaffinity(thread, sizeof *allowed, &*allowed);
 }
 
 }  // namespace
@@ -136,6 +154,7 @@ bool ThreadPool::take_over(uint32_t loop, size_t thread, size_t other) {
 void ThreadPool::take_pieces(uint32_t loop, size_t thread) {
   Run& own = runs_[thread];
   own.processor.store(sched_getcpu(), std::memory_order_relaxed);
+  own.loop.store(loop, std::memory_order_relaxed);
   own.thread.store(this_thread(), std::memory_order_release);
   uint32_t n_done = 0;
   bool more = true;
@@ -156,7 +175,32 @@ std::optional<size_t> ThreadPool::upcoming(size_t thread) const {
   return first_of(word);
 }
 
+// A thread that is woken while every processor has something to do may be put behind the caller, on the caller's
+// processor, where its turn comes when all is done: it is sent to one where none of the others is.
+void ThreadPool::spread_out(uint32_t loop) {
+  constexpr uint32_t kMostMissed = 4;  // loops: where they are short, a thread that wakes misses some
+  for (size_t t = 1; t < runs_.size(); t++) {
+    Run& late = runs_[t];
+    late.n_missed = late.loop.load(std::memory_order_relaxed) == loop ? 0 : late.n_missed + 1;
+    const pid_t id = late.worker.load(std::memory_order_relaxed);
+    if (late.n_missed < kMostMissed || id == 0 || late.helped.exchange(true, std::memory_order_acq_rel)) continue;
+    late.n_missed = 0;
+    cpu_set_t taken;
+    CPU_ZERO(&taken);
+    for (const Run& run : runs_)
+      if (run.loop.load(std::memory_order_relaxed) == loop)
+        CPU_SET(run.processor.load(std::memory_order_relaxed), &taken);
+    if (const std::optional<cpu_set_t> allowed = processors_of(id))
+      if (const auto to = free_processor(*allowed, taken, late.processor.load(std::memory_order_relaxed))) {
+        move(id, *to);
+        sched_setaffinity(id, sizeof *allowed, &*allowed);
+      }
+    late.helped.store(false, std::memory_order_release);
+  }
+}
+
 void ThreadPool::work(size_t thread) {
+  runs_[thread].worker.store(this_thread(), std::memory_order_relaxed);
   uint32_t seen = 0;
   for (;;) {
     wait_for_change(loop_, seen, thread);
@@ -189,6 +233,7 @@ void ThreadPool::run(size_t n, Body body, void* context, Then then, void* then_c
   loop_.notify_all();
   take_pieces(loop, 0);
   for (uint32_t left; (left = unfinished_.load(std::memory_order_acquire)) != 0;) wait_for_change(unfinished_, left, 0);
+  spread_out(loop);
 }
 
 }  // namespace bitnet

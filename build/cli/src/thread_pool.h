@@ -66,8 +66,11 @@ class ThreadPool {
   struct alignas(64) Run {
     std::atomic<uint64_t> word{0};
     std::atomic<pid_t> thread{0};
-    std::atomic<int> processor{0};    // … where it began to, …
-    std::atomic<bool> helped{false};  // … and whether another sees to it
+    std::atomic<uint32_t> loop{0};    // … the last one that it had a part in, …
+    std::atomic<int> processor{0};    // … where it began that, …
+    std::atomic<bool> helped{false};  // … whether another sees to it, …
+    std::atomic<pid_t> worker{0};     // … and its number at all times; 0: the caller's
+    uint32_t n_missed = 0;            // loops since then, as the caller counts them
   };
   static constexpr size_t kMaxPieces = (size_t{1} << 20) - 1;
 
@@ -78,6 +81,7 @@ class ThreadPool {
   bool take(uint32_t loop, size_t thread, size_t& piece);
   bool take_over(uint32_t loop, size_t thread, size_t other);
   void wait_for_change(const std::atomic<uint32_t>& value, uint32_t old, size_t thread);
+  void spread_out(uint32_t loop);
 
   // One loop at a time.
   Body body_ = nullptr;

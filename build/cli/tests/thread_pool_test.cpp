@@ -79,12 +79,13 @@ TEST_CASE("beside a busy process all is done once, and every thread may use the 
     while (!over.stop_requested()) {
     }
   });
-  ThreadPool pool(4);
-  std::array<std::atomic<pid_t>, 4> threads{};
-  for (int round = 0; round < 1000; round++) {
+  std::array<ThreadPool, 2> pools{ThreadPool(2), ThreadPool(4)};  // that have the caller's thread in common
+  std::array<std::array<std::atomic<pid_t>, 4>, 2> threads{};
+  for (size_t round = 0; round < 1500; round++) {
+    const size_t p = round / 5 % 2;
     std::array<std::atomic<int>, 64> done{};
-    pool.for_each(done.size(), [&](size_t i, size_t thread) {
-      threads[thread] = gettid();
+    pools[p].for_each(done.size(), [&](size_t i, size_t thread) {
+      threads[p][thread] = gettid();
       const auto until = std::chrono::steady_clock::now() + std::chrono::microseconds(5);
       while (std::chrono::steady_clock::now() < until) {
       }
@@ -94,14 +95,15 @@ TEST_CASE("beside a busy process all is done once, and every thread may use the 
   }
   busy.request_stop();
   // A thread that sleeps until the next loop may have lent its processor, which that loop ends.
-  pool.for_each(64, [](size_t, size_t) {});
+  for (ThreadPool& pool : pools) pool.for_each(64, [](size_t, size_t) {});
   std::this_thread::sleep_for(std::chrono::milliseconds(100));
-  for (const auto& thread : threads) {
-    if (thread == 0) continue;
-    cpu_set_t now;
-    REQUIRE(sched_getaffinity(thread, sizeof now, &now) == 0);
-    CHECK(CPU_EQUAL(&now, &allowed) != 0);
-  }
+  for (const auto& of_pool : threads)
+    for (const auto& thread : of_pool) {
+      if (thread == 0) continue;
+      cpu_set_t now;
+      REQUIRE(sched_getaffinity(thread, sizeof now, &now) == 0);
+      CHECK(CPU_EQUAL(&now, &allowed) != 0);
+    }
 }
 
 TEST_CASE("an idle pool takes no processor time") {
