@@ -19,6 +19,7 @@ if ! "$container" image inspect "$standin" >/dev/null 2>&1; then
   command -v debootstrap >/dev/null || { say "debootstrap is needed: apt-get install --yes debootstrap"; exit 1; }
   root=$(mktemp -d)
   trap 'rm -rf "$root"' EXIT
+  chmod 755 "$root" # it becomes the image's /, and mktemp's 700 would let nobody but root in
   mirror=$(apt-get indextargets --format '$(SITE)' 'Created-By: Packages' 'Origin: Debian' | grep -v security | head -1 || true)
   debootstrap --variant=minbase --include=ca-certificates,netbase,tzdata,python3,python3-pip bookworm "$root" "${mirror:-http://deb.debian.org/debian}" >&2
   cp /usr/local/share/ca-certificates/*.crt "$root/usr/local/share/ca-certificates/" 2>/dev/null || true # of a proxy that ends TLS
