@@ -15,10 +15,10 @@ import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 ROOT = Path(__file__).resolve().parents[2]
 CLI = ROOT / "build/out/bitnet"
@@ -82,6 +82,16 @@ def instruction_sets() -> list[str]:
     return have
 
 
+def files(model: Path | None, output: Path) -> tuple[Path, Path]:
+    """What is measured: `model`, or a random one that is made in `output` once; and the same packed by this engine."""
+    plain = model or output / "model.gguf"
+    if not plain.exists():
+        subprocess.run([ROOT / ".venv/bin/python", ROOT / "build/model/synthesize.py", plain], check=True)
+    packed = output / f"{plain.stem}.packed.gguf"
+    subprocess.run([CLI, "pack", "--model", plain, "--output", packed], check=True)
+    return plain, packed
+
+
 PREFILL, DECODE = "prefill_tokens_per_second", "decode_tokens_per_second"
 BANDWIDTH, BYTES = "read_bandwidth_bytes_per_second", "decode_bytes_per_token"
 KEPT = "decode_of_short_context"
@@ -95,13 +105,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--output", type=Path, default=ROOT / "build/out/bench")
     arguments = parser.parse_args()
+    if arguments.model and not arguments.model.is_file():
+        parser.error(f"{arguments.model} is no file (MODEL)")
     output: Path = arguments.output
     output.mkdir(parents=True, exist_ok=True)
-    plain, packed = arguments.model or output / "model.gguf", output / "packed.gguf"
-    if not plain.exists():
-        subprocess.run([ROOT / ".venv/bin/python", ROOT / "build/model/synthesize.py", plain], check=True)
-    if not packed.exists():
-        subprocess.run([CLI, "pack", "--model", plain, "--output", packed], check=True)
+    plain, packed = files(arguments.model, output)
 
     isas, threads = instruction_sets(), arguments.threads
     by_isa = {
@@ -146,6 +154,8 @@ def main() -> None:
             print(
                 f"\n{kv} cache, {depth} tokens of context: {results.median(r, KEPT):.0%} of the speed at 128, in turns"
             )
+
+    import matplotlib.pyplot as plt
 
     figure, ((top_left, top_right), (bottom_left, bottom_right)) = plt.subplots(
         2, 2, figsize=(11, 8), layout="constrained"

@@ -6,6 +6,8 @@ import os
 import resource
 import signal
 import struct
+import subprocess
+import sys
 import zlib
 from pathlib import Path
 
@@ -14,7 +16,9 @@ import numpy as np
 import pytest
 
 from bitnet_gguf import ModelShape
+from build.bench.bench import files
 from convert import convert
+from function.settings import ROOT
 from synthesize import synthesize
 from tests.cli.bitnet import Bitnet
 from tests.golden.random_models import RANDOM_MODELS, RandomModel, write_checkpoint
@@ -220,3 +224,26 @@ def test_another_version_of_packed_files_is_refused(bitnet: Bitnet, tmp_path: Pa
         arguments = (*command, "--file", demo_model) if command == ("perplexity",) else command
         code, message = bitnet.error(*arguments, "--model", tmp_path / "old.gguf")
         assert (code, message) == (8, expected + "pack the original again")
+
+
+def test_the_benchmark_packs_the_model_that_it_measures(tmp_path: Path, demo_model: Path, endless_model: Path) -> None:
+    for number, source in enumerate((demo_model, endless_model)):
+        model = tmp_path / str(number) / "same-name.gguf"
+        model.parent.mkdir()
+        model.write_bytes(source.read_bytes())
+        plain, packed = files(model, tmp_path)
+        assert plain == model
+        assert context_length(packed) == context_length(source)
+
+
+def context_length(path: Path) -> int:
+    return int(read_gguf(path).fields["bitnet-b1.58.context_length"].contents())
+
+
+def test_the_benchmark_makes_no_model_of_a_name_that_is_wrong(tmp_path: Path) -> None:
+    model = tmp_path / "none.gguf"
+    options = ("--model", model, "--threads", "1", "--output", tmp_path / "out")
+    command: list[str | Path] = [sys.executable, ROOT / "build/bench/bench.py", *options]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, f"{model} is no file (MODEL)" in done.stderr) == (2, True)
+    assert not list(tmp_path.iterdir())
