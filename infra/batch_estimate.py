@@ -12,14 +12,15 @@ import logging
 import math
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
-from function import batch, schema
-from function.api import Call
+from function import batch, chat_template, openai, schema
+from function.engine import Event
 from function.handler import Application, application
-from function.schema import ApiError
+from function.schema import ApiError, CompletionRequest
+from function.settings import Settings
+from function.structured import Grammars
 
 # US dollars.
 GB_SECOND = 0.0000166667  # https://aws.amazon.com/lambda/pricing/
@@ -32,9 +33,6 @@ TRANSITIONS_PER_INVOCATION = 4  # the start of its own execution, and three stat
 LOG_BYTES_PER_PROMPT = 1000  # one line, and one of metrics
 MAX_LINE_BYTES = 200_000  # a batch of infra/batch.yaml
 LINES_SHOWN = 10  # of those that are wrong
-
-LENGTHS = ("n_predict", "max_completion_tokens", "max_tokens")
-COMPLETIONS = ("best_of", "n", "n_cmpl")
 
 
 @dataclass
@@ -61,7 +59,7 @@ class Line:
 
 def read(path: Path, parts: Application) -> Iterator[Line]:
     """The lines of a file."""
-    n_ctx = _ask(parts, "GET", "/props", {})["default_generation_settings"]["n_ctx"]
+    grammars = Grammars(parts.engine)
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
             if len(line) > MAX_LINE_BYTES:
@@ -69,53 +67,51 @@ def read(path: Path, parts: Application) -> Iterator[Line]:
                 yield Line(number, problem=problem, fatal=True)
                 continue
             try:
-                yield Line(number, *_tokens(json.loads(line), parts, n_ctx))
+                yield Line(number, *_tokens(json.loads(line), parts, grammars))
             except ApiError as error:
                 yield Line(number, problem=error.message)
             except ValueError as error:
                 yield Line(number, problem=f"it is not JSON: {error}", fatal=True)
 
 
-def _tokens(request: object, parts: Application, n_ctx: int) -> tuple[int, int]:
-    """Tokens of the prompts, and of the answers at most."""
-    url, body = batch.route(request)
-    if url == "/v1/chat/completions":
-        template = {name: body.get(name) for name in ("messages", "tools")}
-        text = _ask(parts, "POST", "/apply-template", template)["prompt"]
-        prompts = [len(_ask(parts, "POST", "/tokenize", {"content": text, "parse_special": True})["tokens"])]
-    else:
-        given = schema.Prompts(parts.settings.max_prompt_bytes)("prompt", body.get("prompt"))
-        prompts = [_prompt_tokens(prompt, parts) for prompt in given]
+def _tokens(item: object, parts: Application, grammars: Grammars) -> tuple[int, int]:
+    """Tokens of the prompts, and of the answers at most.
+
+    Raises:
+        ApiError: the function would refuse the line.
+    """
+    ready = parts.engine.describe()
+    request = _parsed(item, parts.settings, ready)
+    if request.structure is not None:
+        grammars.compile(request.structure, None, force=False)
+    prompts = [_prompt_tokens(prompt, request.special, ready["add_bos"], parts) for prompt in request.prompts]
+    n_ctx: int = ready["n_ctx"]
     if max(prompts) > n_ctx:
         raise schema.invalid(f"the prompt has {max(prompts)} tokens, the context {n_ctx}")
-    asked = next((body[name] for name in LENGTHS if isinstance(body.get(name), int)), None)
-    if asked is None:
-        asked = -1 if url == "/v1/chat/completions" else parts.settings.n_predict
-    n = next((body[name] for name in COMPLETIONS if isinstance(body.get(name), int)), 1)
     rooms = [n_ctx - prompt for prompt in prompts]
-    return sum(prompts), n * sum(room if asked < 0 else min(asked, room) for room in rooms)
+    asked = request.n_predict
+    return sum(prompts), request.n * sum(room if asked < 0 else min(asked, room) for room in rooms)
 
 
-def _prompt_tokens(prompt: schema.Prompt, parts: Application) -> int:
-    """How many tokens a prompt has that is a text, or ids and texts."""
-    if isinstance(prompt, str):
-        return len(_ask(parts, "POST", "/tokenize", {"content": prompt, "add_special": True})["tokens"])
-    texts = [part for part in prompt if isinstance(part, str)]
-    return (
-        len(prompt)
-        - len(texts)
-        + sum(len(_ask(parts, "POST", "/tokenize", {"content": text})["tokens"]) for text in texts)
-    )
+def _parsed(item: object, settings: Settings, ready: Event) -> CompletionRequest:
+    """What the function makes of an item."""
+    url, body = batch.route(item)
+    if url == "/completion":
+        return schema.parse_completion(body, settings)
+    request = (openai.parse_chat if url == "/v1/chat/completions" else openai.parse_text)(body, settings)
+    if request.model not in (None, name := ready["model"]["name"]):
+        raise schema.invalid(f"there is no model {schema.describe(request.model)}: leave it out or send '{name}'")
+    if not request.messages:
+        return request.completion
+    return replace(request.completion, prompts=(chat_template.tokens(request.messages, ready["bos"], ready["eot"]),))
 
 
-def _ask(parts: Application, method: str, path: str, body: dict[str, Any]) -> Any:
-    call = Call("estimate")
-    event = batch.http_event(path, body)
-    event["requestContext"]["http"]["method"] = method
-    reply = parts.api.http(event, call, trusted=True)
-    if call.failure is not None:
-        raise call.failure
-    return json.loads(str(reply["body"]))
+def _prompt_tokens(prompt: schema.Prompt, special: bool, add_bos: bool, parts: Application) -> int:
+    """How many tokens a prompt has that is a text, or ids and texts; one that begins with a text gets a BOS."""
+    pieces = (prompt,) if isinstance(prompt, str) else prompt
+    texts = [piece for piece in pieces if isinstance(piece, str)]
+    tokenized = [len(parts.engine.tokenize(text, add_bos=False, special=special)) for text in texts]
+    return (add_bos and isinstance(pieces[0], str)) + len(pieces) - len(texts) + sum(tokenized)
 
 
 def main() -> int:

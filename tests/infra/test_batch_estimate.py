@@ -9,7 +9,11 @@ from typing import Any
 
 import pytest
 
+from function import batch
+from function.api import Call
+from function.handler import application
 from function.settings import ROOT
+from infra import batch_estimate
 
 pytestmark = pytest.mark.usefixtures("engine_path")
 
@@ -53,12 +57,43 @@ def test_answers_end_where_the_context_does(tmp_path: Path) -> None:
 
 
 def test_lines_that_are_wrong_are_named(tmp_path: Path) -> None:
-    lines = [{"prompt": 5}, {"url": "/health", "body": {}}, {"prompt": "tale " * 1000}, {"prompt": "a"}]
-    done = estimate(write(tmp_path / "p.jsonl", *lines))
+    chat = "/v1/chat/completions"
+    lines = [
+        ({"prompt": 5}, "'prompt' must be"),
+        ({"url": "/health", "body": {}}, "'url' must be one of"),
+        ({"prompt": "tale " * 1000}, "the prompt has 1003 tokens"),
+        ({"prompt": "a", "top_p": 7}, "'top_p' must be above 0 to 1, got 7"),
+        ({"prompt": "a", "colour": "red"}, 'unknown field "colour"'),
+        ({"url": chat, "body": CHAT | {"n": 99}}, "'n' must be from 1 to 16, got 99"),
+        ({"url": chat, "body": CHAT | {"model": "gpt"}}, 'there is no model "gpt"'),
+        ({"prompt": "a", "json_schema": {"type": "nothing"}}, "'json_schema'"),
+    ]
+    done = estimate(write(tmp_path / "p.jsonl", *(line for line, _ in lines), {"prompt": "a"}))
     assert done.returncode == 0  # each has its error in the results
-    for said in ("line 1: 'prompt' must be", "line 2: 'url' must be one of", "line 3: the prompt has 1003 tokens"):
-        assert said in done.stderr
-    assert "line 4" not in done.stderr
+    for (number, (_, said)), line in zip(enumerate(lines, 1), done.stderr.splitlines(), strict=True):
+        assert line.startswith(f"line {number}: {said}")
+
+
+def test_tokens_are_those_that_the_api_counts(tmp_path: Path) -> None:
+    """Answers are as long as they may be: 16 tokens of /v1/completions, unless it is told."""
+    tool = {"type": "function", "function": {"name": "weather"}}
+    lines = [
+        ({"url": "/v1/completions", "body": {"prompt": "Once upon a time", "n": 2, "best_of": 3}}, 48),
+        ({"url": "/v1/completions", "body": {"prompt": ["Once upon a time", 5], "max_tokens": 2, "n": 2}}, 4),
+        ({"url": "/v1/chat/completions", "body": CHAT}, 5),
+        ({"url": "/v1/chat/completions", "body": CHAT | {"tools": [tool]}}, 5),
+    ]
+    file = write(tmp_path / "p.jsonl", *(line for line, _ in lines))
+    application.cache_clear()
+    parts = application()
+    try:
+        for read, (item, answer) in zip(batch_estimate.read(file, parts), lines, strict=True):
+            reply = parts.api.http(batch.http_event(*batch.route(item)), Call("1"), trusted=True)
+            prompt = json.loads(str(reply["body"]))["usage"]["prompt_tokens"]
+            assert (read.problem, read.prompt_tokens, read.answer_tokens) == ("", prompt, answer)
+    finally:
+        parts.engine.stop()
+        application.cache_clear()
 
 
 @pytest.mark.parametrize(
