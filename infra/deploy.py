@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONTAINER = ROOT / "build" / "image" / "container"
 TEMPLATE_BYTES = 51_200  # https://docs.aws.amazon.com/AWSCloudFormation/latest/UserGuide/cloudformation-limits.html
 SPARE_MB = 200  # of /tmp, beside the model
+PROMPT_CACHE_MB = 537  # of /tmp, where there is a prompt cache: the default of PROMPT_CACHE_BYTES
 TABLE = "  {:20} {}"
 
 
@@ -61,6 +62,10 @@ class Stacks:
         if stack is None:
             raise DeployError(f"there is no stack {self.name(part)}")
         return {output["OutputKey"]: output["OutputValue"] for output in stack.get("Outputs", [])}
+
+    def parameters(self, part: str) -> dict[str, str]:
+        """Those that the stack has; none where it is not there."""
+        return _values(self.find(part) or {})
 
     def deploy(self, part: str, template: Path, parameters: Mapping[str, str] | None = None) -> dict[str, str]:
         """Makes the stack, or changes what differs, and returns its outputs.
@@ -112,9 +117,8 @@ class Stacks:
         ]
 
     def _differs(self, found: Mapping[str, Any], body: str, parameters: Mapping[str, str]) -> bool:
-        present = {item["ParameterKey"]: item["ParameterValue"] for item in found.get("Parameters", [])}
         template = self._client.get_template(StackName=found["StackName"], TemplateStage="Original")["TemplateBody"]
-        return bool(template != body or not parameters.items() <= present.items())
+        return bool(template != body or not parameters.items() <= _values(found).items())
 
     def _update(self, stack: Mapping[str, Any]) -> bool:
         """Begins a change; False: there is none, as where comments differ."""
@@ -193,17 +197,18 @@ def deploy_function(
         raise DeployError(f"--model must be s3://bucket/key, got '{model}'")
     size = boto3.client("s3").head_object(Bucket=match[1], Key=match[2])["ContentLength"]
     repository = stacks.deploy("registry", ROOT / "infra" / "registry.yaml")["RepositoryUri"]
+    is_cached = bool((stacks.parameters("function") | {**parameters}).get("PromptCacheBucket"))
     values = {
         "ImageUri": push(image, repository, run_container),
         "ModelBucket": match[1],
         "ModelKey": match[2],
-        "EphemeralStorage": str(max(512, -(-size // 10**6) + SPARE_MB)),
+        "EphemeralStorage": str(max(512, -(-size // 10**6) + SPARE_MB + is_cached * PROMPT_CACHE_MB)),
     }
     outputs = stacks.deploy("function", template, values | {**parameters})
     for key, value in sorted(outputs.items()):
         print(TABLE.format(key, value))
-    used = {item["ParameterKey"]: item["ParameterValue"] for item in (stacks.find("function") or {})["Parameters"]}
-    print("\n" + curl(outputs["FunctionUrl"], signed=used.get("AuthType", "AWS_IAM") == "AWS_IAM"))
+    is_signed = stacks.parameters("function").get("AuthType", "AWS_IAM") == "AWS_IAM"
+    print("\n" + curl(outputs["FunctionUrl"], signed=is_signed))
     return outputs
 
 
@@ -242,6 +247,10 @@ def destroy(stacks: Stacks, *, everything: bool, sure: bool) -> None:
             raise DeployError("nothing was deleted")
     for part in found:
         stacks.delete(part)
+
+
+def _values(stack: Mapping[str, Any]) -> dict[str, str]:
+    return {item["ParameterKey"]: item["ParameterValue"] for item in stack.get("Parameters", [])}
 
 
 def _say(line: str) -> None:

@@ -11,7 +11,8 @@ import boto3
 import pytest
 
 from function.settings import ROOT
-from infra.deploy import DeployError, Stacks, curl, push
+from infra import deploy as script
+from infra.deploy import DeployError, Stacks, curl, deploy_function, push
 
 SCRIPT = ROOT / "infra" / "deploy.py"
 pytestmark = pytest.mark.filterwarnings("ignore:Tried to parse AWS:UserWarning")
@@ -26,6 +27,21 @@ Resources:
     Properties: {Name: !Sub "/${AWS::StackName}", Type: String, Value: !Sub "${Title} ${Days}"}
 Outputs:
   Both: {Value: !Sub "${Title} ${Days}"}
+"""
+
+FUNCTION = """
+Parameters:
+  ImageUri: {Type: String}
+  ModelBucket: {Type: String}
+  ModelKey: {Type: String}
+  EphemeralStorage: {Type: Number}
+  PromptCacheBucket: {Type: String}
+Resources:
+  Parameter:
+    Type: AWS::SSM::Parameter
+    Properties: {Name: /function, Type: String, Value: !Sub "${EphemeralStorage} ${PromptCacheBucket}"}
+Outputs:
+  FunctionUrl: {Value: "https://abc.lambda-url.eu-west-1.on.aws/"}
 """
 
 
@@ -115,6 +131,22 @@ def test_a_model_that_is_not_there_stops_before_anything_is_made(aws: dict[str, 
     done = deploy(aws, "function", "--model", "models/none.gguf")
     assert "--model must be s3://bucket/key, got 'models/none.gguf'" in done.stderr
     assert Stacks("bitnet").find("registry") is None
+
+
+@pytest.mark.usefixtures("aws")
+def test_storage_is_sized_by_the_model_and_the_prompt_cache(template: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template.write_text(FUNCTION)
+    monkeypatch.setattr(script, "run_container", lambda *_, **__: "sha256:0123456789abcdef\n")
+    s3: Any = boto3.client("s3")
+    s3.create_bucket(Bucket="models", CreateBucketConfiguration={"LocationConstraint": "eu-west-1"})
+    s3.put_object(Bucket="models", Key="model.gguf", Body=bytes(3_000_001))
+    stacks = Stacks("test")
+    cache, no_cache = {"PromptCacheBucket": "cache"}, {"PromptCacheBucket": ""}
+    sizes = []
+    for given in (no_cache, cache, {}, no_cache, cache | {"EphemeralStorage": "600"}):
+        deploy_function(stacks, "s3://models/model.gguf", "local", template, given)
+        sizes.append(stacks.parameters("function")["EphemeralStorage"])
+    assert sizes == ["512", "741", "741", "512", "600"]
 
 
 def test_wrong_arguments_are_told(aws: dict[str, str]) -> None:
