@@ -290,7 +290,11 @@ def main(arguments: list[str] | None = None) -> int:
     except ChatError as error:
         return _fail(str(error))
     if not (sys.stdin.isatty() and sys.stdout.isatty()):
-        return _converse(chat, fields)
+        try:
+            return _converse(chat, fields)
+        except BrokenPipeError:  # whoever reads has enough, as `head`
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # Python writes what is left when it ends
+            return 0
     try:
         terminal = Terminal(chat, fields)
     except ImportError as error:
@@ -309,7 +313,7 @@ def _converse(chat: Chat, fields: dict[str, Any]) -> int:
             with closing(chat.ask(line.strip(), **fields)) as pieces:
                 for piece in pieces:
                     print(_harmless(piece) if sys.stdout.isatty() else piece, end="", flush=True)
-            print()
+            print(flush=True)
         except ChatError as error:
             status = _fail(str(error))
     return status

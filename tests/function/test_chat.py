@@ -158,6 +158,15 @@ def test_a_pipe(tmp_path: Path) -> None:
         assert kept == {"system": "Be a king.", "messages": messages[1:]}
 
 
+def test_a_pipe_whose_reader_has_enough(server: Server) -> None:
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "function.chat", url(server)]
+    done = subprocess.run(command, cwd=ROOT, input=b"Hello", stdout=writer, stderr=subprocess.PIPE, check=False)
+    os.close(writer)
+    assert (done.stderr, done.returncode) == (b"", 0)
+
+
 class Reporting(pyte.HistoryScreen):
     """A screen that says where its cursor is, when it is asked."""
 
