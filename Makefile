@@ -163,9 +163,9 @@ check-infra: setup-test setup-infra cli ## the workflows, and the templates: exp
 	@$(INFRA_VENV)/bin/checkov --framework cloudformation --skip-download --quiet --compact --file $(INFRA_TEMPLATES)
 	@EXPANDED=$(OUT)/template.json INFRA_BIN=$(INFRA_VENV)/bin $(BIN)/python -m pytest tests/infra $(PYTEST_ARGS)
 
-# The rates are those of docs/performance.md, of two processors and not of Lambda: read your own off the dashboard.
-TOKENS_PER_S ?= 48.1
-PROMPT_TOKENS_PER_S ?= 162
+# The rates are those of docs/performance.md (packed, AVX2), of two processors and not of Lambda: read your own off the dashboard.
+TOKENS_PER_S ?= 70
+PROMPT_TOKENS_PER_S ?= 286
 .PHONY: batch-estimate
 batch-estimate: cli ## what computing FILE, a JSONL of prompts, will cost (MODEL_PATH, TOKENS_PER_S, PROMPT_TOKENS_PER_S, MEMORY, …)
 	@[ -n "$(FILE)" ] || { echo "batch-estimate: FILE=prompts.jsonl is needed" >&2; exit 2; }
