@@ -113,6 +113,7 @@ def test_the_function(stacks: dict[str, dict[str, str]]) -> None:
         "INVOKE_MODE": "BUFFERED",
         "LOG_LEVEL": "INFO",
         "SERVE_PAGE": "false",
+        "CORS_ALLOW_ORIGINS": "",
         "API_KEY_ARN": "",
         "PROMPT_CACHE_S3_URI": "",
         "BATCH_RESULTS_S3_URI": f"s3://{stacks['batch']['BucketName']}/results",

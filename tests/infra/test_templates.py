@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from function.metrics import NAMESPACE
-from function.settings import Settings
+from function.settings import Settings, SettingsError
 from tests.e2e.emulator import Emulator
 from tests.infra.templates import Template, as_list, filled, names, only, statements, template
 
@@ -92,6 +92,19 @@ def test_optional_settings_are_set_by_their_parameters() -> None:
     assert settings.api_key_arn == arn
     assert settings.prompt_cache_s3_uri == "s3://cache/prompts"
     assert settings.batch_results_s3_uri == "s3://batches/results"
+
+
+@pytest.mark.parametrize(
+    "origins",
+    ["", "*", "https://example.org", "http://localhost:3000,https://example.org", "example.org", "https://a.b/", "*,*"],
+)
+def test_origins_are_what_the_function_takes_for_them(origins: str) -> None:
+    environment = variables(ModelBucket="models", ModelKey="m", CorsAllowOrigins=origins)
+    if re.fullmatch(PARAMETERS["CorsAllowOrigins"]["AllowedPattern"], origins):
+        assert Settings.from_environment(environment).cors_allow_origins == origins
+    else:
+        with pytest.raises(SettingsError, match="CORS_ALLOW_ORIGINS"):
+            Settings.from_environment(environment)
 
 
 def test_the_url_asks_for_a_signature_unless_told_otherwise() -> None:
