@@ -39,7 +39,6 @@ def stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, dict[str, str]
             Repository="owner/name",
             RepositoryArn=registry["RepositoryArn"],
             ModelBucketArn=bucket["BucketArn"],
-            ArtifactBucketArn="arn:aws:s3:::artifacts",
         )
         batch = create("batch", template("batch"), FunctionName=f"{PREFIX}function")
         function = create(
@@ -138,10 +137,13 @@ def test_logs_and_dashboard(stacks: dict[str, dict[str, str]]) -> None:
     assert stacks["function"]["FunctionName"] in json.dumps(body)
 
 
-def test_the_deploy_role_s_trust(stacks: dict[str, dict[str, str]]) -> None:
+def test_the_deploy_role(stacks: dict[str, dict[str, str]]) -> None:
     iam: Any = boto3.client("iam")
-    role = iam.get_role(RoleName=stacks["deploy-role"]["RoleArn"].rsplit("/", 1)[1])["Role"]
-    (trust,) = role["AssumeRolePolicyDocument"]["Statement"]
+    name = stacks["deploy-role"]["RoleArn"].rsplit("/", 1)[1]
+    document = iam.get_role_policy(RoleName=name, PolicyName="deploy")["PolicyDocument"]
+    assert "cloudformation:ExecuteChangeSet" in str(document)
+    assert "s3:PutObject" not in str(document)  # unless there is an ArtifactBucketArn
+    (trust,) = iam.get_role(RoleName=name)["Role"]["AssumeRolePolicyDocument"]["Statement"]
     assert trust["Condition"]["StringEquals"]["token.actions.githubusercontent.com:sub"] == (
         "repo:owner/name:environment:production"
     )
