@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from function import openapi
 from function.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,3 +50,14 @@ def test_links_lead_somewhere(document: Path) -> None:
     targets = re.findall(r"\]\(([^)#]+)", document.read_text())
     missing = [target for target in targets if "://" not in target and not (document.parent / target).exists()]
     assert not missing
+
+
+def test_api_document_names_every_route_and_field() -> None:
+    text = (ROOT / "docs/api.md").read_text()
+    named = set(re.findall(r"[a-z_0-9]+", text))
+    for path, methods in openapi.document(Settings())["paths"].items():
+        assert re.search(rf"{re.escape(path)}[` \n]", text), path
+        for operation in methods.values():
+            if "requestBody" in operation:
+                fields_of_it = operation["requestBody"]["content"]["application/json"]["schema"]["properties"].keys()
+                assert fields_of_it <= named, path
