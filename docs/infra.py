@@ -140,7 +140,7 @@ def draw() -> str:
         # The engine.
         text(native, 82, "build/out/bitnet worker (C++, static)", "note"),
         box(native, 94, 276, "native", "worker", "one JSON object a line"),
-        box(native, 176, 276, "native", "session · tokenizer · sampler", "KV cache, text ↔ tokens, stop"),
+        box(native, 176, 276, "native", "scheduler · tokenizer · sampler", "KV cache, text ↔ tokens, stop"),
         box(native, 258, 276, "native", "transformer", "prefill in batches, decode by token"),
         box(native, 340, 276, "native", "kernels", "scalar · AVX2 · AVX-512, same bits"),
         box(
@@ -149,8 +149,8 @@ def draw() -> str:
             276,
             "plain",
             "/tmp: model.gguf",
-            "ternary weights, 2 bits each,",
-            "mapped into memory, not read in",
+            "ternary weights, 1.6 or 2 bits each:",
+            "mapped, then settled into memory",
         ),
         # Requests.
         line("M 122 136 V 162"),
@@ -168,7 +168,7 @@ def draw() -> str:
         # The same at home.
         zone(272, 588, 664, 132, "Your machine: make run"),
         box(left, 634, 196, "plain", "curl, browser", "http://localhost:8080"),
-        box(python, 634, 236, "python", "local.py", "uvicorn; the others queue"),
+        box(python, 634, 236, "python", "local.py", "uvicorn; several at a time"),
         box(native, 634, 276, "plain", "the same handler and engine", "build/model/demo/model.gguf, or yours"),
         line("M 220 658 H 294"),
         line("M 536 658 H 630"),
