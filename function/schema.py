@@ -25,6 +25,7 @@ MAX_N = 16  # completions of a prompt
 MAX_N_PROBS = 100
 MAX_LOGIT_BIASES = 1024
 MAX_BREAKERS = 64
+MAX_BREAKER_BYTES = 40  # llama.cpp's
 MAX_GRAMMAR_BYTES = 256 * 1024
 MAX_RESPONSE_FIELDS = 64
 MAX_NAME_BYTES = 256
@@ -565,14 +566,13 @@ def _bos(prompt: Prompt, add_bos: bool) -> dict[str, bool]:
 def sampling_kinds() -> dict[str, Kind]:
     """The fields that llama.cpp's and OpenAI's requests share, and those of llama.cpp that the latter may have too."""
     least = 1e-6
-    most = 1e6
     return {
         "temperature": TEMPERATURE,
         "top_k": TOP_K,
         "top_p": TOP_P,
         "min_p": MIN_P,
         "typical_p": Number(0, 1, low_included=False),
-        "top_n_sigma": Number(-1, most),
+        "top_n_sigma": Number(-1, 100),
         "xtc_probability": Number(0, 1),
         "xtc_threshold": Number(0, 1),
         "dynatemp_range": Number(0, 100),
@@ -585,7 +585,7 @@ def sampling_kinds() -> dict[str, Kind]:
         "dry_base": Number(1, 100),
         "dry_allowed_length": Integer(0, INT32_MAX),
         "dry_penalty_last_n": Integer(-1, INT32_MAX),
-        "dry_sequence_breakers": Texts(MAX_BREAKERS, MAX_STOP_BYTES),
+        "dry_sequence_breakers": Texts(MAX_BREAKERS, MAX_BREAKER_BYTES),
         "mirostat": Integer(0, 2),
         "mirostat_tau": Number(least, 100),
         "mirostat_eta": Number(least, 100),

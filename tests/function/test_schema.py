@@ -216,6 +216,8 @@ def test_null_means_left_out() -> None:
         ("top_p", 0, "above 0 to 1, got 0"),
         ("top_p", 1.01, "above 0 to 1, got 1.01"),
         ("min_p", 2, "from 0 to 1, got 2"),
+        ("top_n_sigma", 100.5, "from -1 to 100, got 100.5"),
+        ("dry_sequence_breakers", ["é" * 21], "'dry_sequence_breakers[0]' must have at most 40 bytes of UTF-8, got 42"),
         ("repeat_penalty", 0, "above 0 to 100, got 0"),
         ("seed", 2**32, "from -1 to 4294967295, got 4294967296"),
         ("stop", "end", 'must be an array of strings, got "end"'),
