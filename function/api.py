@@ -42,6 +42,7 @@ JSON_TYPE = re.compile(  # curl -d says of any body that it is a form
 )
 CORS_MAX_AGE_S = 86_400
 RETRY_AFTER_S = 1
+ENVELOPE_BYTES = 4096  # of an answer's status and headers and the error that ends a stream, at most
 HUNG_UP = 499  # logged as nginx does; nobody is there to receive it
 
 
@@ -60,6 +61,8 @@ class Call:
 
     request_id: str
     deadline: float | None = None  # time.monotonic() at which the answer must be out
+    max_bytes: int | None = None  # of the answer in JSON, in which the body of an HTTP answer is a string
+    answer_bytes: int = ENVELOPE_BYTES  # of it so far
     prompt_field: str = "prompt"  # of the request
     cancellation: Cancellation = field(default_factory=Cancellation)
     record: dict[str, Any] = field(default_factory=dict)
@@ -122,11 +125,13 @@ class Api:
             if not trusted:
                 self._api_key.check(event)
             body = reply["body"](event, call)
+            text = _dump(body) if isinstance(body, dict | list) else None
+            _count(text, call)
         except Exception as error:
             failure = _api_error(error, call)
             return self._reply(failure.status, _dump(failure.body()), call, JSON, headers | failure.headers)
-        if isinstance(body, dict | list):
-            return self._reply(200, _dump(body), call, JSON, headers)
+        if text is not None:
+            return self._reply(200, text, call, JSON, headers)
         if isinstance(body, str):
             return self._reply(200, body, call, METRICS, headers)
         if isinstance(body, Page):
@@ -149,6 +154,7 @@ class Api:
                 message = "'stream' must be false: a direct invocation gets its answer in one piece"
                 raise schema.invalid(message, param="stream", code="unsupported_field")
             body = self._whole(request, schema.LlamaAnswer(request), call)
+            _count(body, call)
         except Exception as error:
             failure = _api_error(error, call)
             self._finish(call, failure.status)
@@ -317,16 +323,16 @@ class Api:
         try:
             with closing(rest):
                 for body in answer.opening(model):
-                    yield _sse(body)
+                    yield _part(body, call)
                 for event in itertools.chain([first], rest):
                     if event["event"] == "done":
                         done.append(event)
                     for body in (answer.piece if event["event"] == "token" else answer.last)(event, model):
-                        yield _sse(body)
+                        yield _part(body, call)
             done.sort(key=lambda event: event["index"])
             call.record |= _statistics(done, n, call)
             for body in answer.closing(done, model):
-                yield _sse(body)
+                yield _part(body, call)
             if answer.end:
                 yield answer.end
             status = 200
@@ -466,6 +472,22 @@ def _statistics(done: Sequence[Event], n: int, call: Call) -> dict[str, Any]:
     }
 
 
+def _count(part: Json | str | None, call: Call) -> None:
+    """Adds a part of the answer, in JSON, to what there is of it.
+
+    Raises:
+        ApiError: this is more than the caller can be given.
+    """
+    if call.max_bytes is not None:
+        call.answer_bytes += len(json.dumps(part))
+        if call.answer_bytes > call.max_bytes:
+            message = (
+                f"the answer has {call.answer_bytes} bytes in JSON, and Lambda takes at most {call.max_bytes}: ask"
+            )
+            message += " for fewer prompts, completions, tokens or probabilities of each ('n_probs', 'top_logprobs'),"
+            raise ApiError(422, "answer_too_large", f"{message} or a Function URL that streams (InvokeMode)")
+
+
 def _piece(token: bytes) -> str | list[int]:
     """A token of llama.cpp's `with_pieces`: text, or its bytes where they are no UTF-8."""
     try:
@@ -476,6 +498,13 @@ def _piece(token: bytes) -> str | list[int]:
 
 def _sse(body: Mapping[str, Any]) -> str:
     return f"data: {_dump(body)}\n\n"
+
+
+def _part(body: Mapping[str, Any], call: Call) -> str:
+    """An event of a stream, which counts as a part of the answer."""
+    text = _sse(body)
+    _count(text, call)
+    return text
 
 
 def _dump(body: Json | Mapping[str, Any]) -> str:

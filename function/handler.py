@@ -18,6 +18,10 @@ from function.metrics import Metrics
 from function.model_store import ModelStore
 from function.settings import Settings
 
+# Of an answer that is not streamed, as the Runtime API's error says; documented are 6 MB:
+# https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
+MAX_ANSWER_BYTES = 6_291_556
+
 
 class LambdaContext(Protocol):
     """What is used of Lambda's context."""
@@ -70,7 +74,7 @@ def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | li
     understands. Everywhere else a stream is answered in one piece.
     """
     deadline = time.monotonic() + context.get_remaining_time_in_millis() / 1e3
-    call = Call(context.aws_request_id, deadline)
+    call = Call(context.aws_request_id, deadline, max_bytes=MAX_ANSWER_BYTES)
     parts = application()
     if is_map_batch(event):
         return parts.batches.map_items(event, context.aws_request_id, deadline)
@@ -78,9 +82,10 @@ def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | li
         return parts.batches.queue_records(event, context.aws_request_id, deadline)
     if not is_http(event):
         return parts.api.invoke(event, call)
-    reply = parts.api.http(event, call)
     if parts.settings.invoke_mode == "RESPONSE_STREAM" and is_function_url(event):
-        return Stream(reply, call)
+        call.max_bytes = None
+        return Stream(parts.api.http(event, call), call)
+    reply = parts.api.http(event, call)
     if not isinstance(reply["body"], str):
         reply["body"] = "".join(reply["body"])
     return reply

@@ -62,7 +62,10 @@ class Client(LambdaRuntimeClient):  # type: ignore[misc]
     ) -> None:
         """Sends an answer, or each piece of it as soon as there is one."""
         if not isinstance(result_data, Stream):
-            super().post_invocation_result(invoke_id, result_data, content_type, invocation_id)
+            try:
+                super().post_invocation_result(invoke_id, result_data, content_type, invocation_id)
+            except RuntimeError:  # with which status is not told; if it was the last, there is no next invocation
+                logger.warning("an answer was refused", extra={"request_id": invoke_id})
             return
         with closing(http.client.HTTPConnection(self.lambda_runtime_address)) as connection:
             endpoint = f"{RUNTIME_API}/invocation/{invoke_id}/response"

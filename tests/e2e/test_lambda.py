@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 from pathlib import Path
@@ -124,6 +125,23 @@ def test_generation_ends_before_the_timeout(environment: dict[str, str], endless
         body = function.invoke({"prompt": "Once upon a time", "n_predict": -1, "ignore_eos": True})
         assert body["stop_type"] == "deadline"
         assert body["content"]
+
+
+def test_an_answer_that_lambda_would_not_take(environment: dict[str, str]) -> None:
+    large = {"prompt": ["a"] * 8, "n_predict": 200, "ignore_eos": True, "n_probs": 100}
+    with Emulator(environment) as function:
+        direct = function.invoke(large)["error"]
+        runtime = function.runtime
+        assert (direct["status"], direct["code"]) == (422, "answer_too_large")
+        assert re.search("the answer has [0-9]{8} bytes in JSON, and Lambda takes at most 6291556", direct["message"])
+        url = function.invoke(url_event(large))
+        assert (url["statusCode"], json.loads(url["body"])["error"]["code"]) == (422, "answer_too_large")
+        stream = function.invoke(url_event(large | {"stream": True}))["body"]
+        assert 6_000_000 < len(json.dumps(stream)) < 6_291_556
+        assert json.loads(stream.split("data: ")[-1])["error"]["code"] == "answer_too_large"
+        assert function.log().count('"status":422') == 3
+        assert function.invoke(TALE)["content"] == TEXT
+        assert function.runtime == runtime
 
 
 def test_sigterm_ends_the_function_and_its_engine(environment: dict[str, str]) -> None:

@@ -178,10 +178,13 @@ def test_who_hangs_up_ends_the_computation(function: RuntimeApi) -> None:
     assert "a stream was not taken to its end" in function.log()
 
 
-def test_a_stream_that_is_refused_does_not_end_the_function(function: RuntimeApi) -> None:
+def test_an_answer_that_is_refused_does_not_end_the_function(function: RuntimeApi) -> None:
     function.invoke(url_event(TALE), status=413).rest()
     assert whole(function.invoke(url_event(TALE)))[0] == 200
     assert '"message":"a stream was refused"' in function.log()
+    function.invoke(TALE, status=413).rest()
+    assert whole(function.invoke(url_event(TALE)))[0] == 200
+    assert '"message":"an answer was refused"' in function.log()
     (engine,) = engines(function.process.pid)
     function.invoke(url_event(TALE), status=500).rest()
     assert function.process.wait(60) != 0
