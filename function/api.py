@@ -279,7 +279,7 @@ class Api:
         asked = request.for_engine(biases, ready["add_bos"])
         entry = None
         if request.prompt_cache_key and request.cache_prompt and len(asked) == 1:
-            entry = self._prompt_cache.open(request.prompt_cache_key, ready)
+            entry = self._prompt_cache.open(request.prompt_cache_key, ready, call.deadline)
             asked[0] |= entry.for_engine() if entry else {}
         mask = None
         if request.structure is not None:
@@ -289,7 +289,7 @@ class Api:
             yield event
             if entry is not None and event["event"] == "done":
                 call.record["cache_file"] = event["cache_file"]
-                call.afterwards = partial(self._prompt_cache.close, entry, event)
+                call.afterwards = partial(self._prompt_cache.close, entry, event, call.deadline)
                 entry = None
 
     def _biases(self, request: CompletionRequest, call: Call) -> dict[int, float | Literal[False]]:

@@ -1,7 +1,8 @@
 """KV of prompts that outlives the engine: one file for each `prompt_cache_key`, on this machine and in S3.
 
 The engine writes and verifies the files (docs/worker-protocol.md, `cache_file`); here they get names, go to S3 and come
-back. Whatever fails here is logged, without the key, and costs no request more than the time it saves.
+back. Whatever fails here is logged, without the key. S3 gets a share of a request's time and never its answer: a copy
+that takes longer goes on by itself.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +28,8 @@ logger = logging.getLogger("bitnet.prompt_cache")
 SUFFIX = ".kv"
 USEFUL_TOKENS = 32  # shared with a prompt, below which the file is another prompt's: all begin with the same token
 PAUSE_S = 60  # without S3 after it failed
+MIN_COPY_S = 0.4  # without so much time a copy is not begun
+DOWNLOAD_SHARE = 0.25  # of the time that is left to a request; the rest is for its answer
 CONNECT_TIMEOUT_S = 2
 READ_TIMEOUT_S = 10
 NOT_THERE = (403, 404)  # without s3:ListBucket, S3 says 403 of a missing key
@@ -56,10 +60,10 @@ class PromptCache:
         self._no_s3_before = 0.0  # of time.monotonic()
         self._useless: set[Path] = set()  # of another prompt: to be written again
 
-    def open(self, key: str, ready: Mapping[str, Any]) -> Entry | None:
+    def open(self, key: str, ready: Mapping[str, Any], deadline: float | None = None) -> Entry | None:
         """The entry of `key` for the model of the worker's `ready` event, copied from S3 if it is not here.
 
-        None if there is no cache.
+        None if there is no cache. `deadline` (of `time.monotonic()`) is that of the request.
         """
         if self._directory is None:
             return None
@@ -69,7 +73,9 @@ class PromptCache:
             if path.exists():
                 os.utime(path)
             else:
-                self._download(path)
+                left_s = self._left_s(deadline)
+                share_s = None if left_s is None else left_s * DOWNLOAD_SHARE
+                self._copy("a prompt's cache cannot be copied from S3", partial(self._download, path), share_s)
             with self._lock:
                 save = path in self._useless or not path.exists()
                 self._useless.discard(path)
@@ -78,12 +84,13 @@ class PromptCache:
             return None
         return Entry(path, save)
 
-    def close(self, entry: Entry, done: Mapping[str, Any]) -> None:
+    def close(self, entry: Entry, done: Mapping[str, Any], deadline: float | None = None) -> None:
         """Keeps what the request of this `done` event has saved, in S3 too."""
         try:
             if "saved" in done["cache_file"]:
                 self._evict(entry.path)
-                self._upload(entry.path)
+                upload = partial(self._upload, entry.path)
+                self._copy("a prompt's cache cannot be copied to S3", upload, self._left_s(deadline))
             elif done["cache_file"] == "invalid" or done["tokens_cached"] < USEFUL_TOKENS:
                 with self._lock:
                     self._useless.add(entry.path)
@@ -96,24 +103,39 @@ class PromptCache:
         parts = [key, ready["kv_type"], *(str(model[part]) for part in ("name", "architecture", "size", "n_params"))]
         return hashlib.sha256("\0".join(parts).encode()).hexdigest()
 
-    def _download(self, path: Path) -> None:
-        client = self._s3()
-        if client is None:
+    def _left_s(self, deadline: float | None) -> float | None:
+        """The time until the answer must be on its way: half of the margin is for that."""
+        return None if deadline is None else deadline - self._settings.deadline_margin_ms / 2e3 - time.monotonic()
+
+    def _copy(self, what: str, copy: Callable[[], None], wait_s: float | None) -> None:
+        """Lets `copy` use S3, if there is a bucket that did not fail just now, and waits for it so long at most."""
+        if not self._bucket or time.monotonic() < self._no_s3_before or (wait_s is not None and wait_s < MIN_COPY_S):
             return
+
+        def run() -> None:
+            try:
+                copy()
+            except Exception as error:
+                self._failed(what, error)
+
+        thread = threading.Thread(target=run, name="prompt-cache", daemon=True)
+        thread.start()
+        thread.join(wait_s)
+        if thread.is_alive():
+            self._failed(what, TimeoutError())
+
+    def _download(self, path: Path) -> None:
         from botocore.exceptions import ClientError
 
         part = path.with_suffix(f".{threading.get_ident()}.part")
         began = time.monotonic()
         try:
-            client.download_file(self._bucket, self._key(path), str(part))
+            self._s3().download_file(self._bucket, self._key(path), str(part))
             part.rename(path)
         except ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") not in NOT_THERE:
-                self._failed("a prompt's cache cannot be copied from S3", error)
-            return
-        except Exception as error:
-            self._failed("a prompt's cache cannot be copied from S3", error)
-            return
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in NOT_THERE:
+                return
+            raise
         finally:
             part.unlink(missing_ok=True)
         self._evict(path)
@@ -121,25 +143,15 @@ class PromptCache:
         logger.info("prompt's cache copied from S3", extra=copied)
 
     def _upload(self, path: Path) -> None:
-        client = self._s3()
-        if client is None:
-            return
         began = time.monotonic()
-        try:
-            client.upload_file(str(path), self._bucket, self._key(path))
-        except Exception as error:
-            self._failed("a prompt's cache cannot be copied to S3", error)
-            return
+        self._s3().upload_file(str(path), self._bucket, self._key(path))
         copied = {"bytes": path.stat().st_size, "copy_ms": round((time.monotonic() - began) * 1e3)}
         logger.info("prompt's cache copied to S3", extra=copied)
 
     def _key(self, path: Path) -> str:
         return f"{self._prefix.rstrip('/')}/{path.name}"
 
-    def _s3(self) -> S3Client | None:
-        """The client, if there is a bucket and it did not fail just now."""
-        if not self._bucket or time.monotonic() < self._no_s3_before:
-            return None
+    def _s3(self) -> S3Client:
         with self._lock:
             if self._client is None:
                 import boto3  # slow to import

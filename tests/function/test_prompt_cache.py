@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from function.engine import Engine
 from function.model_store import ModelStore
 from function.settings import Settings
 from tests.events import url_event
+from tests.processes import eventually
 from tests.s3 import BUCKET, S3, Answer, Request
 
 pytestmark = pytest.mark.usefixtures("engine_path")
@@ -27,7 +29,7 @@ SYSTEM = "There was once a king who had a golden tree in his garden, and on the 
 KEY = "xylophonist"
 REQUEST = {"prompt": SYSTEM + "What then?", "n_predict": 8, "temperature": 0}
 NAMED = REQUEST | {"prompt_cache_key": KEY}
-Ask = Callable[[dict[str, Any]], dict[str, Any]]
+Ask = Callable[..., dict[str, Any]]
 
 
 @pytest.fixture
@@ -41,8 +43,8 @@ def environment(settings: Settings) -> Iterator[Ask]:
     engine = Engine(settings, ModelStore(settings))
     api = Api(settings, engine)
 
-    def ask(request: dict[str, Any]) -> dict[str, Any]:
-        call = Call("1")
+    def ask(request: dict[str, Any], time_s: float | None = None) -> dict[str, Any]:
+        call = Call("1", None if time_s is None else time.monotonic() + time_s)
         reply = api.http(url_event(request), call)
         assert isinstance(reply["body"], str)
         assert reply["statusCode"] == 200, reply["body"]
@@ -183,6 +185,29 @@ def test_an_s3_that_fails_costs_no_request(
         assert len(s3.requests) == asked  # left alone for a while
     assert "a prompt's cache cannot be copied to S3" in caplog.messages or fault is broken
     assert all(KEY not in str(vars(record)) and "golden" not in str(vars(record)) for record in caplog.records)
+
+
+@pytest.mark.parametrize(("method", "says"), [("HEAD", "from"), ("PUT", "to")])
+def test_an_s3_that_does_not_answer_costs_no_answer(
+    settings: Settings, s3: S3, method: str, says: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    go_on = threading.Event()
+
+    def wait(request: Request) -> None:
+        assert request.method != method or go_on.wait(60)
+
+    s3.before = wait
+    with environment(replace(settings, prompt_cache_s3_uri=f"s3://{BUCKET}/prompts")) as ask, caplog.at_level("INFO"):
+        ask(REQUEST)  # loads the model
+        assert ask(NAMED, time_s=4)["cache_file"] == "saved"
+        (failure,) = [record for record in caplog.records if record.levelno >= logging.WARNING]
+        assert (failure.message, vars(failure)["error_type"]) == (
+            f"a prompt's cache cannot be copied {says} S3",
+            "TimeoutError",  # ours: the request had no time left to wait
+        )
+        go_on.set()
+        eventually(lambda: not [thread for thread in threading.enumerate() if thread.name == "prompt-cache"])
+    assert len(objects(s3)) == (method == "PUT")  # it was not waited for, but not ended either
 
 
 def test_a_folder_that_cannot_be_used_costs_no_request(settings: Settings, tmp_path: Path) -> None:
