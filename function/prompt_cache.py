@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,8 @@ if TYPE_CHECKING:
 logger = logging.getLogger("bitnet.prompt_cache")
 
 SUFFIX = ".kv"
+UNFINISHED = re.compile(r"[0-9a-f]{64}\.(\d+\.part(\.\w+)?|kv\.\d+\.tmp)")  # ours, boto3's and the engine's
+UNFINISHED_S = 60  # without a write, after which nobody lives who would end such a file
 USEFUL_TOKENS = 32  # shared with a prompt, below which the file is another prompt's: all begin with the same token
 PAUSE_S = 60  # without S3 after it failed
 MIN_COPY_S = 0.4  # without so much time a copy is not begun
@@ -73,6 +77,7 @@ class PromptCache:
             if path.exists():
                 os.utime(path)
             else:
+                _remove_unfinished(self._directory)
                 left_s = self._left_s(deadline)
                 share_s = None if left_s is None else left_s * DOWNLOAD_SHARE
                 self._copy("a prompt's cache cannot be copied from S3", partial(self._download, path), share_s)
@@ -178,6 +183,15 @@ class PromptCache:
                 room -= path.stat().st_size
                 if room < 0:
                     path.unlink(missing_ok=True)
+
+
+def _remove_unfinished(directory: Path) -> None:
+    """Removes what processes that were killed have left: it is no use to anybody, and takes room."""
+    for path in directory.iterdir():
+        if UNFINISHED.fullmatch(path.name):
+            with suppress(FileNotFoundError):  # it is finished
+                if path.stat().st_mtime < time.time() - UNFINISHED_S:
+                    path.unlink()
 
 
 def _log(what: str, error: Exception) -> None:

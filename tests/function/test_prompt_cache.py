@@ -217,6 +217,21 @@ def test_a_folder_that_cannot_be_used_costs_no_request(settings: Settings, tmp_p
         assert (body["cache_file"], body["tokens_predicted"]) == (None, 8)
 
 
+def test_what_a_killed_process_left_goes(settings: Settings, tmp_path: Path) -> None:
+    folder = tmp_path / "prompts"
+    folder.mkdir()
+    unfinished = [folder / ("0" * 64 + end) for end in (".140.part.9DA8cc11", ".140.part", ".kv.7.tmp")]
+    others = [folder / "notes.tmp", folder / ("0" * 64 + ".kv"), folder / ("1" * 64 + ".kv.7.tmp")]
+    for path in unfinished + others:
+        path.touch()
+    for path in unfinished + others[:-1]:  # the last is being written
+        os.utime(path, (time.time() - 3600, time.time() - 3600))
+    with environment(settings) as ask:
+        assert ask(NAMED)["cache_file"] == "saved"
+    assert set(others) < set(files(settings))
+    assert not set(unfinished) & set(files(settings))
+
+
 def test_the_files_used_least_recently_go(settings: Settings, caplog: pytest.LogCaptureFixture) -> None:
     with environment(settings) as ask:
         ask(NAMED)
