@@ -274,6 +274,10 @@ class Api:
 
     def _events(self, request: CompletionRequest, call: Call) -> Generator[Event]:
         """What the worker says of the completions, but for masks."""
+        with self._engine.admitted():
+            yield from self._computed(request, call)
+
+    def _computed(self, request: CompletionRequest, call: Call) -> Generator[Event]:
         ready = self._engine.describe(call.deadline)
         biases = self._biases(request, call)
         asked = request.for_engine(biases, ready["add_bos"])

@@ -132,6 +132,7 @@ class Engine:
         self._loaded: Future[_Worker] | None = None
         self._worker: _Worker | None = None  # set before it is ready, so that a signal handler finds the process
         self._in_flight = 0
+        self._waiting = 0  # for the model
 
     @property
     def state(self) -> State:
@@ -175,6 +176,27 @@ class Engine:
                     threading.Thread(target=self._load, args=(self._loaded,), name="model-loader", daemon=True).start()
             return self._loaded
 
+    @contextmanager
+    def admitted(self) -> Iterator[None]:
+        """Has a place among those that compute or wait: to be entered before anything is done for a completion.
+
+        Raises:
+            BusyError: there are as many as the worker computes at the same time, and QUEUE_LIMIT.
+            StoppingError: no more are taken.
+        """
+        with self._lock:
+            if self._stop.is_set():
+                raise StoppingError(STOPPING)
+            if self._in_flight >= self._parallel() + self._settings.queue_limit:
+                waiting = f"of which {self._settings.queue_limit} may wait (QUEUE_LIMIT)"
+                raise BusyError(f"there are {self._in_flight} requests already, {waiting}")
+            self._in_flight += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._in_flight -= 1
+
     def complete(
         self,
         requests: Sequence[Mapping[str, Any]],
@@ -195,8 +217,7 @@ class Engine:
             ModelError: there is no model.
             EngineError: there is no engine.
         """
-        with self._admitted():
-            yield from self._ask("completion", requests, deadline, cancellation or Cancellation(), mask)
+        yield from self._ask("completion", requests, deadline, cancellation or Cancellation(), mask)
 
     def tokenize(self, content: str, *, add_bos: bool, special: bool, deadline: float | None = None) -> list[int]:
         """The token ids of a text. Does not wait for what is being computed. Raises what `complete` does."""
@@ -296,11 +317,21 @@ class Engine:
         return command
 
     def _ready_worker(self, deadline: float | None) -> _Worker:
+        loaded = self.load()
+        if loaded.done():
+            return loaded.result()
+        with self._lock:
+            if self._waiting > self._settings.queue_limit:
+                raise BusyError(f"{self._waiting} requests are waiting for the model already (QUEUE_LIMIT)")
+            self._waiting += 1
         try:
             give_up_at = self._give_up_at(deadline)
-            return self.load().result(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
+            return loaded.result(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
         except FutureTimeoutError:
             raise LoadingError("the model is still being loaded; try again, or give the function more time") from None
+        finally:
+            with self._lock:
+                self._waiting -= 1
 
     def _timed(self, request: Mapping[str, Any], deadline: float | None) -> dict[str, Any]:
         if deadline is None:
@@ -317,21 +348,6 @@ class Engine:
         ready = self._worker.ready if self._worker is not None else None
         usable = ready is not None and ready.done() and ready.exception() is None
         return int(ready.result()["n_parallel"]) if ready is not None and usable else 1
-
-    @contextmanager
-    def _admitted(self) -> Iterator[None]:
-        with self._lock:
-            if self._stop.is_set():
-                raise StoppingError(STOPPING)
-            if self._in_flight >= self._parallel() + self._settings.queue_limit:
-                waiting = f"{self._settings.queue_limit} are waiting (QUEUE_LIMIT)"
-                raise BusyError(f"{self._parallel()} requests are being computed and {waiting}")
-            self._in_flight += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._in_flight -= 1
 
 
 class _Worker:

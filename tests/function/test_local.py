@@ -170,6 +170,34 @@ def test_health_is_503_until_the_model_is_loaded(s3: S3, log: Path, demo_model: 
         assert server.health() == (200, {"status": "ok", "model": "ready"})
 
 
+def test_the_queue_for_the_model_has_a_limit(s3: S3, log: Path, demo_model: Path, tmp_path: Path) -> None:
+    go_on = threading.Event()
+
+    def wait(_: Request) -> None:
+        assert go_on.wait(60)
+
+    uri = s3.put("m.gguf", demo_model.read_bytes())
+    s3.before = wait
+    settings = {"MODEL_S3_URI": uri, "MODEL_CACHE_DIR": tmp_path / "cache", "QUEUE_LIMIT": 1}
+    requests = {
+        "/completion": TALE,
+        "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
+        "/tokenize": {"content": "a"},
+    }
+    with Server(log, **settings) as server, ThreadPoolExecutor(6) as threads:
+        asked = [
+            threads.submit(server.request, "POST", path, json.dumps(request).encode())
+            for path, request in requests.items()
+            for _ in range(2)
+        ]
+        eventually(lambda: sum(answer.done() for answer in asked) == 4)
+        refused = [answer.result()[1] for answer in asked if answer.done()]
+        assert {json.loads(body)["error"]["code"] for body in refused} == {"overloaded"}
+        assert server.health()[0] == 503
+        go_on.set()
+        assert sorted(answer.result()[0].status for answer in asked) == [200] * 2 + [503] * 4
+
+
 def test_a_signal_while_the_model_is_loaded(s3: S3, log: Path, demo_model: Path, tmp_path: Path) -> None:
     arrived, go_on = threading.Event(), threading.Event()
 
