@@ -26,6 +26,7 @@ MAX_BODY_BYTES = 6 * 2**20  # as on Lambda: https://docs.aws.amazon.com/lambda/l
 MAX_PARALLEL = 64  # completions that the engine computes at the same time; a thread is made only when there is work
 SPARE_THREADS = 8  # beside those that compute and wait: for health, refusals, errors
 GRACEFUL_S = 2
+UNREAD_MS = 60_000  # without reading, after which a client is taken for gone, and what is computed for it ends
 
 Message = dict[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -43,6 +44,10 @@ class App:
         """One HTTP request."""
         if scope["type"] != "http":
             raise NotImplementedError(scope["type"])
+        with contextlib.suppress(asyncio.CancelledError):  # the server ends, and this client did not take its answer
+            await self._answer(scope, receive, send)
+
+    async def _answer(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         call = Call(uuid.uuid4().hex)
         try:
             body = await _read(receive)
@@ -121,6 +126,8 @@ def main() -> int:
         return _fail(f"cannot listen on {settings.host}, port {settings.port} (HOST, PORT): {error.strerror}", 1)
     # Connections inherit it; asyncio sees to it only if a socket names its protocol. Without, answers wait for 40 ms.
     listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    if hasattr(socket, "TCP_USER_TIMEOUT"):  # Linux: it breaks the connection then
+        listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_MS)
     config = uvicorn.Config(
         App(parts),
         lifespan="off",

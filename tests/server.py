@@ -22,6 +22,8 @@ from tests.processes import engines, eventually
 class Server:
     """`python -m function.local` on a free port, with these settings."""
 
+    python = ("-m", "function.local")
+
     def __init__(self, log: Path, **settings: object) -> None:
         self._log = log
         self._settings = {name: str(value) for name, value in settings.items()}
@@ -30,7 +32,7 @@ class Server:
         environment = {name: value for name, value in os.environ.items() if name.startswith("AWS_")}
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "function.local"],
+                [sys.executable, *self.python],
                 cwd=ROOT,
                 env=environment | {"PORT": "0"} | self._settings,
                 stdout=log,

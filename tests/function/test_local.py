@@ -10,7 +10,7 @@ import subprocess
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
@@ -97,6 +97,38 @@ def test_who_hangs_up_in_the_queue_leaves_it(endless: Server) -> None:
             next(events)
         assert '"stop_type":"cancelled"' in endless.log()
     assert endless.post(TALE)[0] == 200
+
+
+@contextmanager
+def stalled(server: Server) -> Iterator[None]:
+    """A client that reads nothing of a stream whose events fill all buffers."""
+    body = json.dumps(ENDLESS | {"stream": True, "n_probs": 100})
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 1024)
+        connection.connect(("127.0.0.1", server.port))
+        connection.sendall(
+            f"POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n{body}".encode()
+        )
+        eventually(lambda: server.in_flight() == 1)
+        yield
+
+
+class Impatient(Server):
+    python = ("-c", "from function import local; local.UNREAD_MS = 500; local.main()")
+
+
+def test_who_does_not_read_is_given_up(log: Path, endless_model: Path) -> None:
+    with Impatient(log, MODEL_PATH=endless_model, CTX_SIZE=32_768) as server, stalled(server):
+        eventually(lambda: '"stop_type":"cancelled"' in server.log())
+        assert server.in_flight() == 0
+
+
+def test_a_signal_while_somebody_does_not_read(endless: Server) -> None:
+    with stalled(endless):
+        eventually(lambda: processor_ticks(endless.engine) > 200)  # megabytes of events
+        assert endless.end(signal.SIGTERM) == 0
+    assert "shutdown exceeded" in endless.log()
+    assert "Traceback" not in endless.log()
 
 
 def test_a_request_that_breaks_off_is_forgotten(server: Server) -> None:
