@@ -107,6 +107,17 @@ def test_origins_are_what_the_function_takes_for_them(origins: str) -> None:
             Settings.from_environment(environment)
 
 
+def test_the_function_keeps_prompts_where_its_role_may() -> None:
+    pattern = re.compile(PARAMETERS["PromptCachePrefix"]["AllowedPattern"])
+    assert [bool(pattern.fullmatch(prefix)) for prefix in ("a", "a/b", "a/", "/", "")] == [
+        True,
+        True,
+        False,
+        False,
+        False,
+    ]
+
+
 def test_the_url_asks_for_a_signature_unless_told_otherwise() -> None:
     assert only(FUNCTION, "AWS::Lambda::Url")["AuthType"] == {"Ref": "AuthType"}
     assert PARAMETERS["AuthType"]["Default"] == "AWS_IAM"
@@ -138,6 +149,7 @@ def test_the_url_asks_for_a_signature_unless_told_otherwise() -> None:
         ({"AuthType": "NONE", "ApiKeyArn": "arn"}, []),
         ({"AuthType": "NONE", "ApiKeyArn": "arn", "ReservedConcurrency": "-1"}, ["it needs ReservedConcurrency"]),
         ({"AuthType": "NONE", "ReservedConcurrency": "-1"}, ["it needs ApiKeyArn", "it needs ReservedConcurrency"]),
+        ({"ApiKeyArn": "arn"}, ["it needs AuthType NONE"]),
         ({"BatchQueueArn": "arn"}, ["need BatchBucket"]),
         ({"BatchQueueArn": "arn", "BatchBucket": "b"}, []),
     ],
