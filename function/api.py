@@ -117,6 +117,7 @@ class Api:
         headers: dict[str, str] = {}
         try:
             _check_event(event)
+            event = _as_get(event)
             with self._resolving:
                 reply = self._resolver.resolve(event, None)  # type: ignore[arg-type]
             headers = reply["headers"]
@@ -244,7 +245,8 @@ class Api:
 
     def _not_found(self, event: Mapping[str, Any], _call: Call) -> NoReturn:
         http = event["requestContext"]["http"]
-        allowed = [method for method, path in self._routes if path == http["path"]]
+        known = [*self._routes, *([("GET", "/")] if self._settings.serve_page else [])]
+        allowed = [method for method, path in known if _fits(path, http["path"])]
         if allowed:
             message = f"{schema.describe(http['path'])} takes {' or '.join(allowed)}"
             raise ApiError(405, "method_not_allowed", message, allow=", ".join(allowed))
@@ -385,6 +387,10 @@ def _chosen(operation: Operation, route: str | None) -> Callable[..., Response[O
     return lambda *_, **__: Response(status_code=200, body=run)
 
 
+def _fits(route: str, path: str) -> bool:
+    return re.fullmatch(re.escape(route).replace("<model>", "[^/]+"), path) is not None
+
+
 def _cors(settings: Settings) -> CORSConfig | None:
     if not settings.cors_allow_origins:
         return None
@@ -401,6 +407,14 @@ def _check_event(event: Mapping[str, Any]) -> None:
         raise schema.invalid("the event's 'headers' must be an object of strings")
     if not isinstance(event.get("body"), str | None):
         raise schema.invalid("the event's 'body' must be a string")
+
+
+def _as_get(event: dict[str, Any]) -> dict[str, Any]:
+    """HEAD is GET, but for the body of the answer, which whoever sends it leaves out."""
+    context = event["requestContext"]
+    if context["http"]["method"] != "HEAD":
+        return event
+    return event | {"requestContext": context | {"http": context["http"] | {"method": "GET"}}}
 
 
 def _body(event: Mapping[str, Any]) -> bytes:

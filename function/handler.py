@@ -82,10 +82,14 @@ def lambda_handler(event: Any, context: LambdaContext) -> Mapping[str, Any] | li
         return parts.batches.queue_records(event, context.aws_request_id, deadline)
     if not is_http(event):
         return parts.api.invoke(event, call)
-    if parts.settings.invoke_mode == "RESPONSE_STREAM" and is_function_url(event):
+    streams = parts.settings.invoke_mode == "RESPONSE_STREAM" and is_function_url(event)
+    if streams:
         call.max_bytes = None
-        return Stream(parts.api.http(event, call), call)
     reply = parts.api.http(event, call)
+    if event["requestContext"]["http"]["method"] == "HEAD":
+        reply["body"] = ""
+    if streams:
+        return Stream(reply, call)
     if not isinstance(reply["body"], str):
         reply["body"] = "".join(reply["body"])
     return reply

@@ -259,6 +259,11 @@ def test_a_wrong_method_is_told_the_right_one() -> None:
     assert (reply["statusCode"], reply["headers"]["allow"]) == (405, "POST")
 
 
+def test_head_is_get_without_the_body() -> None:
+    reply = invoke(url_event("", path="/health", method="HEAD"))
+    assert (reply["statusCode"], reply["headers"]["content-type"], reply["body"]) == (200, "application/json", "")
+
+
 def test_health_tells_the_state_and_loads_nothing() -> None:
     health = {"path": "/health", "method": "GET"}
     assert post("", **health) == (200, {"status": "ok", "model": "not_loaded"})

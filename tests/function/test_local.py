@@ -295,7 +295,11 @@ def test_a_body_that_lambda_would_not_take(server: Server) -> None:
         ("PUT", "/completion", 405),
         ("POST", "/health", 405),
         ("GET", "/", 200),
-        ("POST", "/", 404),
+        ("POST", "/", 405),
+        ("POST", "/v1/models/x", 405),
+        ("POST", "/openapi-json", 404),
+        ("HEAD", "/completion", 405),
+        ("HEAD", "/nowhere", 404),
         ("GET", "/%ff%00", 404),
         ("GET", "/health?x=1", 200),
         ("PROPFIND", "/x", 404),
@@ -303,6 +307,12 @@ def test_a_body_that_lambda_would_not_take(server: Server) -> None:
 )
 def test_routes(server: Server, method: str, path: str, status: int) -> None:
     assert server.request(method, path)[0].status == status
+
+
+@pytest.mark.parametrize("path", ["/health", "/v1/models", "/"])
+def test_head_is_get_without_the_body(server: Server, path: str) -> None:
+    (head, nothing), (get, body) = server.request("HEAD", path), server.request("GET", path)
+    assert (head.status, nothing, head.getheader("content-length")) == (get.status, b"", str(len(body)))
 
 
 def test_what_is_no_http_is_refused(server: Server) -> None:
