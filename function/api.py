@@ -63,6 +63,7 @@ class Call:
     deadline: float | None = None  # time.monotonic() at which the answer must be out
     max_bytes: int | None = None  # of the answer in JSON, in which the body of an HTTP answer is a string
     answer_bytes: int = ENVELOPE_BYTES  # of it so far
+    refusal: ApiError | None = None  # why whoever took the request does not pass it on
     prompt_field: str = "prompt"  # of the request
     cancellation: Cancellation = field(default_factory=Cancellation)
     record: dict[str, Any] = field(default_factory=dict)
@@ -123,6 +124,8 @@ class Api:
             headers = reply["headers"]
             if isinstance(reply["body"], str):  # a browser asks whether a page may
                 return self._reply(reply["statusCode"], reply["body"], call, None, headers)
+            if call.refusal is not None:
+                raise call.refusal
             if not trusted:
                 self._api_key.check(event)
             body = reply["body"](event, call)

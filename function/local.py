@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
-import json
 import signal
 import socket
 import sys
@@ -16,13 +15,14 @@ from typing import Any
 
 import uvicorn
 
-from function.api import JSON, Call, HttpReply
+from function.api import Call, HttpReply
 from function.engine import Cancellation, StoppingError
 from function.handler import Application, application
 from function.schema import ApiError
 from function.settings import SettingsError
 
 MAX_BODY_BYTES = 6 * 2**20  # as on Lambda: https://docs.aws.amazon.com/lambda/latest/dg/gettingstarted-limits.html
+MAX_DISCARDED_BYTES = 256 * 2**20  # read all the same: most clients look for an answer when they have sent all
 MAX_PARALLEL = 64  # completions that the engine computes at the same time; a thread is made only when there is work
 SPARE_THREADS = 8  # beside those that compute and wait: for health, refusals, errors
 GRACEFUL_S = 2
@@ -49,13 +49,11 @@ class App:
 
     async def _answer(self, scope: Mapping[str, Any], receive: Receive, send: Send) -> None:
         call = Call(uuid.uuid4().hex)
+        body: bytes | None = b""
         try:
             body = await _read(receive)
         except ApiError as error:
-            await _send_reply(
-                send, error.status, {"content-type": JSON, "connection": "close"}, json.dumps(error.body())
-            )
-            return
+            call.refusal = error
         if body is None:
             return
         watch = asyncio.create_task(_cancel_on_hang_up(receive, call.cancellation))
@@ -158,12 +156,19 @@ async def _read(receive: Receive) -> bytes | None:
         ApiError: it is larger than Lambda would take.
     """
     body = bytearray()
+    size = 0
     while (message := await receive())["type"] == "http.request":
-        body += message["body"]
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, "too_long", f"the body must have at most {MAX_BODY_BYTES} bytes")
-        if not message["more_body"]:
+        size += len(message["body"])
+        if size <= MAX_BODY_BYTES:
+            body += message["body"]
+        if message["more_body"] and size <= MAX_DISCARDED_BYTES:
+            continue
+        if size <= MAX_BODY_BYTES:
             return bytes(body)
+        more = " and more" if message["more_body"] else ""
+        error = ApiError(413, "too_long", f"the body must have at most {MAX_BODY_BYTES} bytes, got {size}{more}")
+        error.headers["connection"] = "close"
+        raise error
     return None
 
 

@@ -279,8 +279,11 @@ def test_a_port_that_is_taken(log: Path) -> None:
 
 
 def test_a_body_that_lambda_would_not_take(server: Server) -> None:
-    response, body = server.request("POST", "/completion", b" " * (6 * 2**20 + 1))
-    assert (response.status, json.loads(body)["error"]["code"]) == (413, "too_long")
+    for size in (6 * 2**20 + 1, 100 * 2**20):
+        response, body = server.request("POST", "/completion", b" " * size)
+        assert (response.status, json.loads(body)["error"]["code"]) == (413, "too_long")
+        assert json.loads(body)["error"]["message"] == f"the body must have at most 6291456 bytes, got {size}"
+        assert f'"request_id":"{response.getheader("x-request-id")}","status":413' in server.log()
     response, body = server.request("POST", "/completion", b" " * (6 * 2**20))
     assert (response.status, json.loads(body)["error"]["message"]) == (
         400,

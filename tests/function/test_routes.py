@@ -103,7 +103,9 @@ def test_a_page_of_an_allowed_origin_may_ask(server: Server) -> None:
     assert "POST" in str(response.getheader("access-control-allow-methods"))
     allowed = str(response.getheader("access-control-allow-headers")).split(",")
     assert {"*", "Authorization"} <= set(allowed)
-    for request, status in ((b'{"prompt":"a"}', 200), (b"{", 400), (b'{"prompt":"a","stream":true}', 200)):
+    too_large = b" " * (6 * 2**20 + 1)
+    stream = b'{"prompt":"a","stream":true}'
+    for request, status in ((b'{"prompt":"a"}', 200), (b"{", 400), (stream, 200), (too_large, 413)):
         response, _ = server.request("POST", "/completion", request, {"Origin": ORIGIN})
         assert response.status == status
         assert response.getheader("access-control-allow-origin") == ORIGIN
