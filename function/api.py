@@ -37,7 +37,7 @@ logger = logging.getLogger("bitnet.api")
 JSON = "application/json"
 SSE = "text/event-stream; charset=utf-8"
 JSON_TYPE = re.compile(  # curl -d says of any body that it is a form
-    r"""\s*(application/(.+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(;\s*charset="?(utf-8|us-ascii)"?\s*)?""",
+    r"""\s*(application/(.+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(;\s*(charset="?(utf-8|us-ascii)"?\s*)?)*""",
     re.IGNORECASE,
 )
 CORS_MAX_AGE_S = 86_400
@@ -424,10 +424,14 @@ def _body(event: Mapping[str, Any]) -> bytes:
     """The bytes of the request's body.
 
     Raises:
-        ApiError: its type is none of JSON's, or it is not base64 although the event says so.
+        ApiError: its type is none of JSON's, it is compressed, or it is not base64 although the event says so.
     """
-    given = next((value for name, value in event["headers"].items() if name.lower() == "content-type"), JSON)
-    if not JSON_TYPE.fullmatch(given):
+    headers = {name.lower(): value.strip() for name, value in event["headers"].items()}
+    if (encoding := headers.get("content-encoding", "")).lower() not in ("", "identity"):
+        message = f"the body must be sent as it is, got the content-encoding {schema.describe(encoding)}"
+        raise ApiError(415, "unsupported_media_type", message)
+    given = headers.get("content-type", "")
+    if given and not JSON_TYPE.fullmatch(given):
         raise ApiError(415, "unsupported_media_type", f"the body must be {JSON} in UTF-8, got {schema.describe(given)}")
     body = event.get("body") or ""
     if not event.get("isBase64Encoded"):

@@ -121,7 +121,15 @@ def test_a_body_in_base64() -> None:
 
 @pytest.mark.parametrize(
     "content_type",
-    ["application/json; charset=UTF-8", "application/x-www-form-urlencoded", "text/plain", "application/vnd.x+json"],
+    [
+        "application/json; charset=UTF-8",
+        "application/json; charset=utf-8;",
+        "",
+        " ",
+        "application/x-www-form-urlencoded",
+        "text/plain",
+        "application/vnd.x+json",
+    ],
 )
 def test_content_types_that_are_taken(content_type: str) -> None:
     assert post({"prompt": "a", "n_predict": 1}, headers={"Content-Type": content_type})[0] == 200
@@ -135,6 +143,13 @@ def test_content_types_that_are_not(content_type: str) -> None:
     status, body = post({"prompt": "a"}, headers={"content-type": content_type})
     assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
     assert content_type in body["error"]["message"]
+
+
+def test_a_compressed_body_is_not_taken() -> None:
+    assert post({"prompt": "a", "n_predict": 1}, headers={"content-encoding": "identity"})[0] == 200
+    status, body = post("", headers={"Content-Encoding": "gzip"})
+    assert (status, body["error"]["code"]) == (415, "unsupported_media_type")
+    assert 'content-encoding "gzip"' in body["error"]["message"]
 
 
 def test_tokens_as_a_prompt_and_as_an_answer() -> None:
