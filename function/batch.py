@@ -225,12 +225,12 @@ def _answer(api: Api, item: Item, call: Call) -> Result:
     request = item["request"]
     custom_id = request.get("custom_id") if isinstance(request, dict) else None
     try:
-        url, body = route(request)
+        event = http_event(*route(request))
     except ApiError as error:
         status, answer = error.status, error.body()
         custom_id = custom_id if isinstance(custom_id, str) else None
     else:
-        reply = api.http(http_event(url, body), call, trusted=True)
+        reply = api.http(event, call, trusted=True)
         assert isinstance(reply["body"], str)
         status, answer = reply["statusCode"], json.loads(reply["body"])
     return {
@@ -278,14 +278,22 @@ def route(request: object) -> tuple[str, dict[str, Any]]:
 
 
 def http_event(url: str, body: Mapping[str, Any]) -> dict[str, Any]:
-    """The item as an HTTP event (payload 2.0)."""
+    """The item as an HTTP event (payload 2.0).
+
+    Raises:
+        ApiError: 400, it is nested more deeply than JSON can be written.
+    """
+    try:
+        text = json.dumps(body)
+    except RecursionError:
+        raise schema.invalid("an item must not be nested so deeply", code="invalid_json") from None
     return {
         "version": "2.0",
         "rawPath": url,
         "rawQueryString": "",
         "headers": {},
         "requestContext": {"stage": "$default", "http": {"method": "POST", "path": url}},
-        "body": json.dumps(body),
+        "body": text,
         "isBase64Encoded": False,
     }
 

@@ -168,6 +168,17 @@ def test_a_poisoned_item_has_its_error_and_the_others_their_results(
     assert queued[0]["response"]["status_code"] == status
 
 
+def test_an_item_that_is_nested_too_deeply_is_refused(bucket: Any) -> None:
+    nested: list[Any] = []
+    for _ in range(100_000):
+        nested = [nested]
+    summary = invoke(map_event([TALE | {"custom_id": "deep", "json_schema": {"enum": nested}}, TALE]))
+    assert (summary["succeeded"], summary["failed"], summary["unfinished"]) == (1, 1, 0)
+    ((deep, _),) = results(bucket).values()
+    assert (deep["custom_id"], deep["response"]["status_code"]) == ("deep", 400)
+    assert deep["response"]["body"]["error"]["code"] == "invalid_json"
+
+
 def test_an_item_that_kills_the_engine_is_found_and_the_others_are_computed(
     bucket: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, engine_path: Path
 ) -> None:
