@@ -32,7 +32,7 @@ class ChunkSums:
 
     def fits(self, size: int) -> bool:
         """Whether these are the checksums of a file of `size` bytes."""
-        return len(self.crc32) == -(-(size - self.data_start) // self.chunk_bytes)
+        return self.data_start <= size and len(self.crc32) == -(-(size - self.data_start) // self.chunk_bytes)
 
     def pieces(self, size: int) -> Iterator[tuple[int, int, int | None]]:
         """(start, end, CRC-32) of all pieces of the file, in order; the header comes first and has no checksum."""

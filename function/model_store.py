@@ -307,13 +307,15 @@ class _RangedCopy:
                 for chunk in self._read(offset, end):
                     _write_at(self._fd, chunk, offset)
                     offset += len(chunk)
-                continue
+                if offset > began or self._abort.is_set():
+                    continue
+                reason: Exception = EOFError("S3 answers without a byte")
             except ClientError as error:
                 if _status(error) in (404, 412):
                     raise _Replaced from error
                 if 400 <= _status(error) < 500:
                     raise _client_error(error, self._source.uri) from error
-                reason: Exception = error
+                reason = error
             except (BotoCoreError, HTTPError) as error:
                 reason = error
             failures = 1 if offset > began else failures + 1

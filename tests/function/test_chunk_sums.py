@@ -60,6 +60,7 @@ def test_checksums_of_another_size_do_not_fit(size: int) -> None:
     sums = ChunkSums(data_start=100, chunk_bytes=16, crc32=(1,))
     assert sums.fits(101)
     assert sums.fits(size) == (size == 116)
+    assert not ChunkSums(data_start=128, chunk_bytes=2**20, crc32=()).fits(110)
 
 
 def test_damage_is_never_more_than_missing_or_incomplete(packed: bytes) -> None:

@@ -239,6 +239,19 @@ def test_a_range_that_never_comes_is_an_error_in_the_end(s3: S3, store: Store, c
     assert models(cache) == []
 
 
+def test_a_range_that_comes_without_a_byte_is_an_error_in_the_end(s3: S3, store: Store, cache: Path) -> None:
+    def empty(request: Request, answer: Answer) -> None:
+        if request.range_start == 3 * PART:
+            answer.body = b""
+
+    uri = s3.put("m.gguf", MODEL)
+    s3.fault = empty
+    error = failure(store(uri))
+    assert (error.code, error.transient) == ("model_copy_failed", True)
+    assert sum(request.range_start == 3 * PART for request in s3.requests) == model_store.RANGE_TRIES
+    assert models(cache) == []
+
+
 def test_an_answer_with_other_bytes_than_asked_for_is_refused(s3: S3, store: Store, cache: Path) -> None:
     def whole_object(request: Request, answer: Answer) -> None:
         if request.method == "GET":
