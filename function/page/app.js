@@ -33,10 +33,19 @@ let limits = {}; // of the server: {n_ctx, n_predict}
 
 function load() {
   try {
-    Object.assign(state, JSON.parse(localStorage.getItem(KEPT) ?? "{}"));
+    const kept = JSON.parse(localStorage.getItem(KEPT) ?? "{}");
+    if (isUsable({ ...state, ...kept })) Object.assign(state, kept);
   } catch {
     // Not allowed here, or not ours: begin anew.
   }
+}
+
+/** Whether a state can be shown: another version of the page may have kept it. */
+function isUsable({ mode, settings, draft, turns, former }) {
+  const areTexts = (...values) => values.every((value) => typeof value === "string");
+  const isTurn = ({ ask, answer, error, fields, figures }) => areTexts(ask, answer, error) && fields && figures;
+  const lists = Object.keys(room).flatMap((name) => [turns[name], former[name] ?? []]);
+  return Object.hasOwn(room, mode) && areTexts(draft, ...Object.values(settings)) && lists.every((list) => list.every(isTurn));
 }
 
 function save() {

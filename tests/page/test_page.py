@@ -62,6 +62,32 @@ def body(request: Request) -> dict[str, Any]:
     return decoded
 
 
+@pytest.mark.parametrize(
+    "kept",
+    [
+        "{",
+        "null",
+        '{"mode":"foo"}',
+        '{"mode":"toString"}',
+        '{"turns":{}}',
+        '{"turns":{"chat":[null],"completion":[]}}',
+        '{"turns":{"chat":[],"completion":[{"ask":"a"}]}}',
+        '{"former":{"completion":5}}',
+        '{"settings":null}',
+        '{"settings":{"system":5}}',
+        '{"draft":7}',
+    ],
+)
+def test_what_cannot_be_shown_is_forgotten(page: Page, kept: str) -> None:
+    page.add_init_script(f"localStorage['bitnet-1'] = {json.dumps(kept)};")
+    page.reload()
+    ask(page, QUESTION, n_predict=2, temperature=0)
+    finish(page)
+    assert len(answers(page)) == 1
+    complete(page)
+    assert answers(page) == []
+
+
 def streamed(server: Server, path: str, request: bytes) -> str:
     """The text of the answer that the server gives to the same request."""
     response, answer = server.request("POST", path, request)
