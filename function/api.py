@@ -270,7 +270,9 @@ class Api:
             return self._whole(request, answer, call)
         events = self._events(request, call)
         first = next(events)  # what is refused, is refused before the stream begins
-        return self._stream(first, events, answer, request.n, call)
+        stream = self._stream(first, events, answer, request.n, call)
+        next(stream)
+        return stream
 
     def _whole(self, request: CompletionRequest, answer: Answer, call: Call) -> Json:
         done = sorted(self._events(request, call), key=lambda event: event["index"])
@@ -325,12 +327,13 @@ class Api:
         return self._engine.detokenize(list(itertools.chain.from_iterable(tokens)), call.deadline)
 
     def _stream(self, first: Event, rest: Generator[Event], answer: Answer, n: int, call: Call) -> Generator[str]:
-        """The text of server-sent events. Closing it cancels the computation."""
+        """Nothing, then the text of server-sent events. Closing it cancels the computation."""
         status = HUNG_UP
         model = self._engine.model_name
         done: list[Event] = []
         try:
             with closing(rest):
+                yield ""  # what has begun is finished below, even if nobody takes a piece
                 for body in answer.opening(model):
                     yield _part(body, call)
                 for event in itertools.chain([first], rest):

@@ -85,6 +85,9 @@ class Client(LambdaRuntimeClient):  # type: ignore[misc]
             except (OSError, http.client.HTTPException) as error:  # who asked may have hung up
                 logger.warning("a stream was not taken to its end", extra={"error_type": type(error).__name__})
                 return
+            finally:
+                if not isinstance(result_data.reply["body"], str):
+                    result_data.reply["body"].close()  # which ends the computation, if it has not ended
         if response.status >= http.HTTPStatus.INTERNAL_SERVER_ERROR:  # then a runtime shall exit
             raise LambdaRuntimeClientError(endpoint, response.status, answer)
         if response.status != http.HTTPStatus.ACCEPTED:
@@ -111,20 +114,16 @@ def main() -> None:
 
 
 def _send(connection: http.client.HTTPConnection, stream: Stream) -> None:
-    """Sends the body in HTTP chunks. Stops computing if that fails."""
+    """Sends the body in HTTP chunks."""
     reply = stream.reply
     prelude = json.dumps({"statusCode": reply["statusCode"], "headers": reply["headers"], "cookies": []})
     head = prelude.encode() + bytes(8)
     if isinstance(reply["body"], str):
         connection.send(_chunk(head + reply["body"].encode()) + b"0\r\n\r\n")
         return
-    pieces = reply["body"]
-    try:
-        for piece in pieces:
-            connection.send(_chunk(head + piece.encode()))
-            head = b""
-    finally:
-        pieces.close()
+    for piece in reply["body"]:
+        connection.send(_chunk(head + piece.encode()))
+        head = b""
     connection.send(b"0\r\n" + _trailers(stream) + b"\r\n")
 
 

@@ -7,6 +7,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -23,7 +24,8 @@ from hypothesis import strategies as st
 
 from function.api import Call
 from function.engine import Cancellation
-from function.handler import application, lambda_handler
+from function.handler import Stream, application, lambda_handler
+from function.runtime import Client
 from function.schema import NEUTRAL, completion_kinds
 from function.settings import Settings
 from tests.events import url_event
@@ -365,6 +367,19 @@ def test_closing_a_stream_cancels_it(setup: Setup, endless_model: Path) -> None:
     events.close()
     # Were the first still computing, this one would wait for it until its own deadline.
     assert invoke({"prompt": PROMPT, "n_predict": 2}, remaining_ms=20_000)["stop_type"] == "limit"
+
+
+def test_a_stream_that_nobody_takes_is_finished(setup: Setup, endless_model: Path) -> None:
+    setup(MODEL_PATH=endless_model, CTX_SIZE=32_768, INVOKE_MODE="RESPONSE_STREAM")
+    stream = lambda_handler(url_event(ENDLESS | {"stream": True}), context())
+    assert isinstance(stream, Stream)
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))  # and does not listen
+        Client(f"127.0.0.1:{nobody.getsockname()[1]}").post_invocation_result("request-1", stream)
+    metrics = application().api.http(url_event("", path="/metrics", method="GET"), Call("metrics"))["body"]
+    assert isinstance(metrics, str)
+    assert 'route="/completion",status="499"} 1\n' in metrics
+    assert "bitnet_requests_in_flight 0\n" in metrics
 
 
 def test_a_cancellation_ends_it_within_a_token(setup: Setup, endless_model: Path) -> None:
