@@ -9,6 +9,7 @@ from __future__ import annotations
 import base64
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
 from function.schema import ApiError, Structure, invalid
@@ -22,6 +23,9 @@ if TYPE_CHECKING:
 JSON_STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 JSON_OPTIONS = JSON_STYLE | {"lenient": False, "coerce_one_of": False}  # whatever a schema's x-guidance says
 MAX_ERROR_CHARACTERS = 300
+# llguidance calls itself for each rule within a rule: 256 KiB of rules that lead one to the next take up to 256 MB.
+STACK_BYTES = 512 * 2**20  # of address space; memory is what is used, while it is used
+_starting = threading.Lock()  # one thread at a time: the size of stacks is the process's
 
 
 class Grammars:
@@ -40,16 +44,15 @@ class Grammars:
         Raises:
             ApiError: 400, naming the structure's field: it is no grammar, or one that llguidance cannot honour.
         """
-        from llguidance import LLMatcher
-
         vocabulary = self.vocabulary(deadline)
-        try:
-            grammar = _grammar(structure)
-        except Exception as error:  # GBNF's converter raises what it likes, RecursionError too
-            raise _refusal(structure, str(error) or type(error).__name__) from None
-        matcher = LLMatcher(vocabulary.tokenizer, grammar, log_level=0, limits=_limits())
-        if matcher.is_error():
-            raise _refusal(structure, matcher.get_error())
+        with ThreadPoolExecutor(1, "grammar") as pool:
+            with _starting:
+                usual = threading.stack_size(STACK_BYTES)
+                try:
+                    compiled = pool.submit(_matcher, vocabulary.tokenizer, structure)
+                finally:
+                    threading.stack_size(usual)
+            matcher = compiled.result()
         return lambda: Masks(matcher, vocabulary.n_mask_bytes, force)
 
     def vocabulary(self, deadline: float | None) -> _Vocabulary:
@@ -112,6 +115,19 @@ class _Source:
 
     def __call__(self, text: bytes) -> list[int]:
         return self._engine.tokenize(text.decode(), add_bos=False, special=False)
+
+
+def _matcher(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
+    from llguidance import LLMatcher
+
+    try:
+        grammar = _grammar(structure)
+    except Exception as error:  # GBNF's converter raises what it likes, RecursionError too
+        raise _refusal(structure, str(error) or type(error).__name__) from None
+    matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
+    if matcher.is_error():
+        raise _refusal(structure, matcher.get_error())
+    return matcher
 
 
 def _grammar(structure: Structure) -> str:

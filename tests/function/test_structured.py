@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from function.api import Api, Call
 from function.engine import Engine
 from function.model_store import ModelStore
-from function.schema import ApiError, Structure
+from function.schema import MAX_GRAMMAR_BYTES, ApiError, Structure
 from function.settings import Settings
 from function.structured import Grammars
 from tests.events import url_event
@@ -175,6 +175,30 @@ def test_what_cannot_be_honoured_is_refused(grammars: Grammars, structure: Struc
     assert (caught.value.status, caught.value.param) == (400, structure.field)
     assert says in caught.value.message
     assert len(caught.value.message) < 400
+
+
+def links(count: int) -> dict[str, Any]:
+    """Definitions, each of which refers to the next."""
+    following = {f"d{number}": {"items": {"$ref": f"#/$defs/d{number + 1}"}} for number in range(count)}
+    return {"$ref": "#/$defs/d0", "$defs": following | {f"d{count}": {"type": "null"}}}
+
+
+RULES = "\n".join(f'r{number}: r{number + 1} "a"' for number in range(13_000))
+WORDS = "\n".join(f"R{number}: R{number + 1}" for number in range(17_000))
+
+
+@pytest.mark.parametrize(
+    "structure",
+    [
+        json_schema(links(4_000)),
+        Structure("gbnf", f'%llguidance {{}}\nstart: r0\n{RULES}\nr13000: "b"', "grammar"),
+        Structure("gbnf", f'%llguidance {{}}\nstart: R0\n{WORDS}\nR17000: "b"', "grammar"),
+    ],
+)
+def test_rules_may_lead_one_to_the_next_as_long_as_they_fit(grammars: Grammars, structure: Structure) -> None:
+    assert 0.7 < len(structure.text) / MAX_GRAMMAR_BYTES < 1
+    masks = grammars.compile(structure, None, force=True)()
+    assert masks.answer(0, [])
 
 
 def test_no_control_token_is_in_a_text(grammars: Grammars, engine: Engine) -> None:
