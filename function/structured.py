@@ -53,7 +53,7 @@ class Grammars:
                 finally:
                     threading.stack_size(usual)
             matcher = compiled.result()
-        return lambda: Masks(matcher, vocabulary.n_mask_bytes, force)
+        return lambda: Masks(structure, matcher, vocabulary.n_mask_bytes, force)
 
     def vocabulary(self, deadline: float | None) -> _Vocabulary:
         """That of the engine's model."""
@@ -67,21 +67,30 @@ class Grammars:
 class Masks:
     """The masks of one request, whose completions each go their own way."""
 
-    def __init__(self, matcher: LLMatcher, n_mask_bytes: int, force: bool) -> None:
+    def __init__(self, structure: Structure, matcher: LLMatcher, n_mask_bytes: int, force: bool) -> None:
+        self._structure = structure
         self._begin = matcher
         self._n_mask_bytes = n_mask_bytes
         self._force = force
         self._matchers: dict[int, LLMatcher] = {}
 
     def answer(self, index: int, tokens: Sequence[int]) -> dict[str, Any]:
-        """The fields of the worker's `mask` for the completion `index`, in which `tokens` were drawn since."""
+        """The fields of the worker's `mask` for the completion `index`, in which `tokens` were drawn since.
+
+        Raises:
+            ApiError: 400, naming the structure's field: what may follow here is more than llguidance's limits.
+        """
         matcher = self._matchers.get(index)
         if matcher is None:
             matcher = self._matchers[index] = self._begin.deep_copy()
         if tokens:
             matcher.consume_tokens(list(tokens))
+        answer = self._answer(matcher)
         if matcher.is_error():
-            raise ApiError(500, "structure_failed", f"the structure cannot be kept: {_short(matcher.get_error())}")
+            raise _refusal(self._structure, matcher.get_error())
+        return answer
+
+    def _answer(self, matcher: LLMatcher) -> dict[str, Any]:
         if matcher.is_stopped():
             return {"stop": True}
         if self._force and (forced := matcher.compute_ff_tokens()):
@@ -125,8 +134,12 @@ def _matcher(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
     except Exception as error:  # GBNF's converter raises what it likes, RecursionError too
         raise _refusal(structure, str(error) or type(error).__name__) from None
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
-    if matcher.is_error():
-        raise _refusal(structure, matcher.get_error())
+    begun = matcher.deep_copy()  # to refuse what already the first choice is too much for, before anything is computed
+    begun.consume_tokens(begun.compute_ff_tokens())
+    if not begun.is_stopped():
+        begun.compute_bitmask()
+    if begun.is_error():
+        raise _refusal(structure, begun.get_error())
     return matcher
 
 

@@ -24,6 +24,12 @@ pytestmark = pytest.mark.usefixtures("engine_path")
 BUCKET = "batches"
 TALE = {"prompt": "Once upon a time", "n_predict": 3, "temperature": 0}
 TEXT = " there lived a"
+# Its second element may begin in more ways than llguidance takes, which shows once the first is there.
+MANY_WAYS = {
+    "type": "array",
+    "prefixItems": [{"type": "boolean"}, {"type": "object", "properties": {f"p{number}": {} for number in range(500)}}],
+    "minItems": 2,
+}
 
 # The engine, which dies of a prompt with this word: a defect that no check foresees.
 DEADLY = "Rumpelstiltskin"
@@ -147,6 +153,7 @@ def test_items_are_computed_and_their_results_lie_in_s3(bucket: Any) -> None:
         (TALE | {"stream": True}, 400, "unsupported_field"),
         ({"prompt": "tale " * 1000}, 400, "context_length_exceeded"),
         ({"prompt": [5000]}, 400, "invalid_value"),
+        (TALE | {"json_schema": MANY_WAYS, "n_predict": 100}, 400, "invalid_value"),
         ({"url": "/completion", "body": "text"}, 400, "invalid_type"),
         ({"url": "/health", "body": {}}, 400, "invalid_value"),
         ({"url": "/completion", "body": TALE, "method": "GET"}, 400, "invalid_value"),

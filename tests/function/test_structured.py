@@ -153,6 +153,9 @@ def test_what_a_grammar_lets_through(grammars: Grammars, engine: Engine, grammar
     assert takes(grammars, engine, Structure("gbnf", grammar, "grammar"), text) == fits
 
 
+MANY = {"type": "object", "properties": {f"p{number}": {"type": "null"} for number in range(500)}}
+
+
 @pytest.mark.parametrize(
     ("structure", "says"),
     [
@@ -167,6 +170,8 @@ def test_what_a_grammar_lets_through(grammars: Grammars, engine: Engine, grammar
         (json_schema({"type": "string", "pattern": "(?=a)"}), "look-around"),
         (json_schema({"type": "string", "format": "king"}), "format"),
         (json_schema({"enum": []}), ""),
+        (json_schema(MANY), "max is 2000"),
+        (Structure("gbnf", "root ::= " + " | ".join(f'"a{number}"' for number in range(2001)), "grammar"), "2000"),
     ],
 )
 def test_what_cannot_be_honoured_is_refused(grammars: Grammars, structure: Structure, says: str) -> None:
@@ -307,6 +312,16 @@ def test_every_completed_answer_fits_whatever_the_schema(endless_model: Path) ->
     finally:
         engine.stop()
     assert ends["stop"] > 10 * ends["length"], ends
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_what_cannot_be_honoured_further_on_is_refused_too(api: Api, stream: bool) -> None:
+    schema = {"type": "array", "prefixItems": [{"type": "boolean"}, MANY], "minItems": 2}
+    reply = api.http(url_event({"prompt": "A king", "json_schema": schema, "stream": stream}), Call("1"))
+    body = "".join(reply["body"])
+    error = json.loads(body[body.index('{"error"') :])["error"]
+    assert (error["type"], error["param"]) == ("invalid_request_error", "json_schema")
+    assert reply["statusCode"] == (200 if stream else 400)
 
 
 @pytest.mark.parametrize("cut", [1, 3, 10])
