@@ -504,7 +504,7 @@ class CompletionRequest:
     dry_multiplier: float = 0.0
     dry_base: float = 1.75
     dry_allowed_length: int = 2
-    dry_penalty_last_n: int = 64
+    dry_penalty_last_n: int = -1
     dry_sequence_breakers: tuple[str, ...] = DRY_BREAKERS
     mirostat: int = 0
     mirostat_tau: float = 5.0
@@ -518,9 +518,10 @@ class CompletionRequest:
     def for_engine(self, biases: Mapping[int, float | Literal[False]], add_bos: bool) -> list[dict[str, Any]]:
         """The worker's `completion` for each prompt, without `op` and `id` (docs/worker-protocol.md).
 
-        `biases` is logit_bias with every text as its tokens; `add_bos` says whether the model's texts begin with BOS.
+        No default of the worker's counts. `biases` is logit_bias with every text as its tokens; `add_bos` says whether
+        the model's texts begin with BOS.
         """
-        common = {name: value for name, value in self._items() if name in _ALWAYS or _changes(name, value)}
+        common = {name: value for name, value in self._items() if name not in _OURS}
         if biases:
             common["logit_bias"] = [[token, bias] for token, bias in biases.items()]
         if self.structure is not None:
@@ -538,9 +539,8 @@ class CompletionRequest:
         return ((field.name, getattr(self, field.name)) for field in fields(self))
 
 
-# Of the fields of CompletionRequest: what the worker does not know, what it is always told, what is no setting.
+# Of the fields of CompletionRequest: what the worker does not know, what is no setting.
 _OURS = {"prompts", "return_tokens", "logit_bias", "structure", "response_fields", "prompt_cache_key"}
-_ALWAYS = {field.name for field in fields(CompletionRequest)[1:8]} | {"seed", "cache_prompt", "stream"}
 _NO_SETTING = {
     "n",
     "logprobs",
@@ -551,11 +551,6 @@ _NO_SETTING = {
     "return_tokens",
     "structure",
 }
-_DEFAULTS = {field.name: field.default for field in fields(CompletionRequest)}
-
-
-def _changes(name: str, value: object) -> bool:
-    return name not in _OURS and value != _DEFAULTS[name]
 
 
 def _bos(prompt: Prompt, add_bos: bool) -> dict[str, bool]:

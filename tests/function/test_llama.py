@@ -161,6 +161,14 @@ def test_samplers_change_what_is_drawn(server: Server, fields: dict[str, Any]) -
     assert {name: body["generation_settings"][name] for name in fields} == fields
 
 
+def test_how_far_back_a_repetition_counts(server: Server) -> None:
+    prompt = ["there lived a king", *range(1000, 1064), "there lived a"]
+    fields = TALE | {"prompt": prompt, "n_predict": 1, "logit_bias": [[KING, 20]], "dry_multiplier": 100}
+    for window, repeated in ((0, True), (64, True), (-1, False), (None, False)):
+        body = ask(server, fields | {"dry_penalty_last_n": window})
+        assert (body["content"] == " king") == repeated
+
+
 def test_the_default_samplers_in_their_default_order_change_nothing(server: Server) -> None:
     order = ["penalties", "dry", "top_n_sigma", "top_k", "typ_p", "top_p", "min_p", "xtc", "temperature"]
     assert ask(server, SAMPLED | {"samplers": order})["content"] == ask(server, SAMPLED)["content"]

@@ -117,7 +117,16 @@ def test_every_field_is_taken() -> None:
     }
     assert {name: getattr(request, name) for name in unchanged} == {name: asked[name] for name in unchanged}
     rest = {name: value for name, value in asked.items() if name not in unchanged}
-    assert rest == {"n": 3, "prompt": (1, 2), "logit_bias": [[5, 1.5], [594, -1.0], [7, False]], "mask": True}
+    assert rest == {
+        "n": 3,
+        "prompt": (1, 2),
+        "logit_bias": [[5, 1.5], [594, -1.0], [7, False]],
+        "logprobs": False,
+        "prompt_logprobs": False,
+        "mask": True,
+    }
+    (plain,) = parse_completion({"prompt": "a"}, SETTINGS).for_engine({}, add_bos=True)
+    assert plain.keys() == asked.keys() - {"logit_bias", "mask"}  # no default of the worker's counts
 
 
 @pytest.mark.parametrize(
