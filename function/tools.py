@@ -91,6 +91,9 @@ class Tools:
         for where, item in _items(name, value, MAX_TOOLS):
             function = _function(where, item, self._kinds(), ["name"], name)
             tool = Tool(function["name"], function.get("description", ""), function.get("parameters", NO_PARAMETERS))
+            if (kind := json.loads(tool.parameters).get("type", "object")) != "object":
+                message = f"'{where}.function.parameters.type' must be \"object\", got {describe(kind)}"
+                raise invalid(message, param=name)
             if any(tool.name == other.name for other in tools):
                 raise invalid(f"'{where}': there are two functions {describe(tool.name)}", param=name)
             tools.append(tool)
@@ -222,7 +225,7 @@ def structure(tools: Sequence[Tool], *, required: bool, several: bool) -> Struct
     lines.append(r'calls: call ("\n" call)*' if several else "calls: call")
     lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
     for index, tool in enumerate(tools):
-        schema = {"type": "object"} | json.loads(tool.parameters) | {"x-guidance": JSON_OPTIONS}
+        schema = json.loads(tool.parameters) | {"type": "object", "x-guidance": JSON_OPTIONS}
         head, tail = json.dumps(f"{HEAD}{tool.name}{MIDDLE}"), json.dumps(TAIL)
         lines += [f"call_{index}: {head} arguments_{index} {tail}", f"arguments_{index}: %json {json.dumps(schema)}"]
     return Structure("lark", "\n".join(lines), "tools")

@@ -60,6 +60,10 @@ def post(server: Server, path: str, request: Any) -> tuple[int, dict[str, Any]]:
     return response.status, json.loads(body)
 
 
+def tool(parameters: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f", "parameters": parameters}}
+
+
 def test_a_chat(client: openai.OpenAI) -> None:
     answer = client.chat.completions.create(model=MODEL, messages=[SYSTEM, USER], max_tokens=6, temperature=0)
     (choice,) = answer.choices
@@ -161,6 +165,8 @@ def test_models(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function", "function": {"name": "f g"}}]}, "tools", "invalid_value"),
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "invalid_value"),
         ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools", "missing_field"),
+        ({"tools": [tool({"type": "string"})]}, "tools", "invalid_value"),
+        ({"tools": [tool({"type": ["object", "null"]})]}, "tools", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_value"),
         ({"tool_choice": "always"}, "tool_choice", "invalid_value"),
