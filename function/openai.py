@@ -147,7 +147,7 @@ def _rendered(given: Mapping[str, Any], called: dict[str, str]) -> Message:
     role, calls = given["role"], given.get("tool_calls", ())
     if calls and role != "assistant":
         raise invalid(f"'tool_calls' is for the role assistant, got {describe(role)}", param="tool_calls")
-    if "content" not in given and not calls:
+    if "content" not in given and ("tool_calls" not in given or role != "assistant"):
         raise invalid("'content' is required", param="content", code="missing_field")
     texts = [given["content"]] if given.get("content") else []
     texts += [call.text for call in calls]
@@ -461,7 +461,7 @@ class ChatAnswer(_Answer):
         reader = self._reader(done["index"], done["content"])
         if reader is not None:
             reader.feed(done["content"])
-            message |= {"content": None, "tool_calls": reader.calls}
+            message |= {"content": None, "tool_calls": reader.calls} if reader.calls else {"content": ""}
         reason = self._reason(done, reader)
         return {"index": index, "message": message, "logprobs": _chat_logprobs(done), "finish_reason": reason}
 
@@ -485,7 +485,7 @@ class ChatAnswer(_Answer):
 
     def _reason(self, done: Mapping[str, Any], reader: tools.CallReader | None) -> str:
         reason = _finish_reason(done)
-        return "tool_calls" if reader is not None and reason == "stop" else reason
+        return "tool_calls" if reader is not None and reader.whole and reason == "stop" else reason
 
 
 class TextAnswer(_Answer):

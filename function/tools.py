@@ -257,6 +257,11 @@ class CallReader:
         self._in_string = self._escaped = False
         self.calls: list[dict[str, Any]] = []  # whole so far, in OpenAI's shape
 
+    @property
+    def whole(self) -> bool:
+        """Whether there are calls, the last of which has all of its arguments."""
+        return bool(self.calls) and self._state != "arguments"
+
     def feed(self, text: str) -> list[dict[str, Any]]:
         """The `tool_calls` of the `delta` that `text` makes: usually one, none, or several."""
         self._text += text

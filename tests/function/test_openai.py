@@ -529,6 +529,36 @@ def test_tools_are_called(roomy: openai.OpenAI) -> None:
     assert answer.choices[0].message.content
 
 
+@pytest.mark.parametrize(
+    ("fields", "reason", "arguments"),
+    [
+        ({}, "tool_calls", ['{"a": 1}']),
+        ({"stop": ["}}"]}, "stop", ['{"a": 1']),
+        ({"stop": ["}"]}, "stop", ['{"a": 1']),
+        ({"stop": ["\n"], "parallel_tool_calls": True}, "tool_calls", ['{"a": 1}']),
+        ({"stop": ["arguments"]}, "stop", []),
+        ({"max_tokens": 3}, "length", []),
+    ],
+)
+def test_a_call_that_was_cut_is_none(
+    roomy: openai.OpenAI, fields: dict[str, Any], reason: str, arguments: list[str]
+) -> None:
+    schema = {"properties": {"a": {"const": 1}}, "required": ["a"], "additionalProperties": False}
+    request: dict[str, Any] = {"model": MODEL, "messages": [USER], "tools": [tool(schema)], "tool_choice": "required"}
+    request |= {"parallel_tool_calls": False} | fields
+    (choice,) = roomy.chat.completions.create(**request).choices
+    calls = choice.message.tool_calls or []
+    assert choice.finish_reason == reason
+    assert [call.function.arguments for call in calls if call.type == "function"] == arguments
+    assert (choice.message.content, choice.message.tool_calls) == (None, calls) if calls else ("", None)
+    chunks = list(roomy.chat.completions.create(**request, stream=True))
+    assert chunks[-1].choices[0].finish_reason == reason
+    none: dict[str, Any] = {"role": "assistant", "content": None, "tool_calls": []}
+    for back in (choice.message.model_dump(), none):
+        request |= {"messages": [USER, back, USER], "tool_choice": "none", "max_tokens": 1}
+        assert roomy.chat.completions.create(**request).choices
+
+
 def test_tools_that_need_not_be_called(roomy: openai.OpenAI) -> None:
     request: dict[str, Any] = {"model": MODEL, "messages": [USER], "tools": TOOLS, "max_tokens": 60, "temperature": 1.5}
     for seed in range(8):
