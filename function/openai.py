@@ -497,6 +497,12 @@ class TextAnswer(_Answer):
         super().__init__(identifier, request)
         self._echoes = echoes
         self._offsets: dict[int, int] = {}  # characters sent of each completion
+        self._prompts: list[Any] = []  # the probabilities of each prompt's tokens
+
+    def whole(self, done: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
+        """The JSON answer."""
+        self._prompts = [event.get("prompt_probabilities") or [] for event in done[:: self._request.completion.n]]
+        return super().whole(done, model)
 
     def opening(self, model: str) -> list[dict[str, Any]]:
         """The prompts, if they shall come first."""
@@ -510,7 +516,7 @@ class TextAnswer(_Answer):
         echo = self._echo(done["index"])
         logprobs = None
         if self._request.completion.logprobs and "probabilities" in done:
-            prompt = _with_first(done.get("prompt_probabilities") or [], echo)
+            prompt = _with_first(self._prompts[done["index"] // self._request.completion.n], echo)
             logprobs = _text_logprobs([*prompt, *done["probabilities"]], self._request, 0)
         return self._part(index, echo + done["content"], logprobs) | {"finish_reason": _finish_reason(done)}
 

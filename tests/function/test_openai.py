@@ -436,6 +436,17 @@ def test_log_probabilities_of_an_echoed_prompt(client: openai.OpenAI) -> None:
     assert written == logprobs.token_logprobs  # drawn or given, a token has the same probability
 
 
+def test_each_completion_of_an_echoed_prompt_has_its_log_probabilities(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": ["Once upon", "A king"], "max_tokens": 3, "logprobs": 1}
+    choices = client.completions.create(**request, echo=True, n=2, best_of=3, seed=3).choices
+    assert len(choices) == 4
+    for choice in choices:
+        logprobs = choice.logprobs
+        assert logprobs is not None
+        assert "".join(logprobs.tokens or []) == choice.text
+        assert (logprobs.token_logprobs or [0])[0] is None
+
+
 def total_logprob(choice: CompletionChoice) -> float:
     assert choice.logprobs is not None
     return sum(choice.logprobs.token_logprobs or [])
