@@ -305,6 +305,8 @@ class Request:
     calls: bool = False
     """Whether an answer may be calls of tools."""
     echo: bool = False
+    logprobs: bool = False
+    """Of a text: whether they are in the answer. `best_of` needs them anyway."""
     n: int = 1
     """Completions of each prompt in the answer: the best ones of `completion.n`."""
 
@@ -369,7 +371,7 @@ def parse_text(body: Mapping[str, object], settings: Settings) -> Request:
         if given.get("stream"):
             raise invalid("'best_of' above n cannot be streamed: the best are known at the end", param="best_of")
         given |= {"n": best_of, "logprobs": True}
-    return replace(_request(given, settings), echo=echo, n=wanted)
+    return replace(_request(given, settings), echo=echo, logprobs=logprobs is not None, n=wanted)
 
 
 def _request(given: dict[str, Any], settings: Settings) -> Request:
@@ -515,7 +517,7 @@ class TextAnswer(_Answer):
     def _choice(self, index: int, done: Mapping[str, Any]) -> dict[str, Any]:
         echo = self._echo(done["index"])
         logprobs = None
-        if self._request.completion.logprobs and "probabilities" in done:
+        if self._request.logprobs and "probabilities" in done:
             prompt = _with_first(self._prompts[done["index"] // self._request.completion.n], echo)
             logprobs = _text_logprobs([*prompt, *done["probabilities"]], self._request, 0)
         return self._part(index, echo + done["content"], logprobs) | {"finish_reason": _finish_reason(done)}

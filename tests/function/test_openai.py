@@ -458,6 +458,7 @@ def test_the_best_of_some(client: openai.OpenAI) -> None:
     by_probability = sorted(every.choices, key=total_logprob, reverse=True)
     best = client.completions.create(**request, n=2, best_of=4)
     assert [choice.text for choice in best.choices] == [choice.text for choice in by_probability[:2]]
+    assert [choice.logprobs for choice in best.choices] == [None, None]  # which nobody asked for
     assert best.usage is not None
     assert best.usage.completion_tokens == 20
     for wrong in ({"n": 3, "best_of": 2}, {"best_of": 2, "stream": True}):
