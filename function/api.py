@@ -65,6 +65,7 @@ class Call:
     answer_bytes: int = ENVELOPE_BYTES  # of it so far
     refusal: ApiError | None = None  # why whoever took the request does not pass it on
     prompt_field: str = "prompt"  # of the request
+    structure_field: str | None = None
     cancellation: Cancellation = field(default_factory=Cancellation)
     record: dict[str, Any] = field(default_factory=dict)
     afterwards: Callable[[], None] | None = None  # done when all of a stream has left
@@ -294,6 +295,7 @@ class Api:
             asked[0] |= entry.for_engine() if entry else {}
         mask = None
         if request.structure is not None:
+            call.structure_field = request.structure.field
             force = not (request.n_probs or request.logprobs)
             mask = self._grammars.compile(request.structure, call.deadline, force=force)
         for event in self._engine.complete(asked, mask=mask, deadline=call.deadline, cancellation=call.cancellation):
@@ -463,6 +465,9 @@ def _translate(error: Exception, call: Call) -> ApiError:
     match error:
         case ApiError():
             return error
+        case RefusedError(event={"code": "invalid_request", "field": "allow"}):  # of a mask, which no request has
+            message = f"'{call.structure_field}' allows nothing here but what 'logit_bias' or 'ignore_eos' forbids"
+            return schema.invalid(message, param=call.structure_field)
         case RefusedError(event=event) if event["code"] in ("invalid_request", "context_length_exceeded"):
             details: dict[str, int] = {name: event[name] for name in ("n_prompt", "n_ctx") if name in event}
             param = call.prompt_field if details else event["field"]

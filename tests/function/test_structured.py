@@ -324,6 +324,15 @@ def test_what_cannot_be_honoured_further_on_is_refused_too(api: Api, stream: boo
     assert reply["statusCode"] == (200 if stream else 400)
 
 
+def test_a_bias_that_forbids_all_that_is_left_is_refused(api: Api) -> None:
+    request = {"prompt": "A king", "json_schema": {"enum": [1, 2]}, "logit_bias": [["1", False], ["2", False]]}
+    reply = api.http(url_event(request), Call("1"))
+    assert isinstance(reply["body"], str)
+    error = json.loads(reply["body"])["error"]
+    assert (reply["statusCode"], error["param"]) == (400, "json_schema")
+    assert error["message"] == "'json_schema' allows nothing here but what 'logit_bias' or 'ignore_eos' forbids"
+
+
 @pytest.mark.parametrize("cut", [1, 3, 10])
 def test_an_answer_that_is_cut_says_so(api: Api, cut: int) -> None:
     body = complete(api, {"prompt": "A king", "json_schema": KING, "n_predict": cut})
