@@ -519,7 +519,7 @@ class TextAnswer(_Answer):
         logprobs = None
         if self._request.logprobs and "probabilities" in done:
             prompt = _with_first(self._prompts[done["index"] // self._request.completion.n], echo)
-            logprobs = _text_logprobs([*prompt, *done["probabilities"]], self._request, 0)
+            logprobs = _text_logprobs([*prompt, *schema.shown(done)], self._request, 0)
         return self._part(index, echo + done["content"], logprobs) | {"finish_reason": _finish_reason(done)}
 
     def _deltas(self, token: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -557,11 +557,12 @@ def _mean_logprob(done: Mapping[str, Any]) -> float:
 
 
 def _chat_logprobs(event: Mapping[str, Any]) -> dict[str, Any] | None:
-    if not event.get("probabilities"):
+    tokens = schema.shown(event)
+    if not tokens:
         return None
     content = [
         _openai_token(token) | {"top_logprobs": [_openai_token(other) for other in token["top_logprobs"]]}
-        for token in map(schema.named, event["probabilities"])
+        for token in map(schema.named, tokens)
     ]
     return {"content": content, "refusal": None}
 

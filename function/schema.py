@@ -8,6 +8,8 @@ Validation is written out here because importing a validation library costs more
 
 from __future__ import annotations
 
+import codecs
+import itertools
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -774,16 +776,26 @@ class LlamaAnswer:
         return picked(body, self._request.response_fields) if self._request.response_fields else body
 
 
+def shown(event: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
+    """The `probabilities` of a `token` or `done` event, as a stream gives them: without tokens behind the text's end.
+
+    A stop string ends the text before the tokens that spell it; the one in which it begins may belong to both.
+    """
+    tokens: Sequence[Mapping[str, Any]] = event.get("probabilities") or ()
+    if event.get("stop_type") != "word":
+        return tokens
+    decoder = codecs.getincrementaldecoder("utf-8")("replace")
+    lengths = itertools.accumulate((len(decoder.decode(bytes(token["bytes"]))) for token in tokens), initial=0)
+    return [token for token, begin in zip(tokens, lengths, strict=False) if begin < len(event["content"])]
+
+
 def probabilities(event: Mapping[str, Any]) -> dict[str, Any]:
     """llama.cpp's `completion_probabilities` of a `token` or `done` event; nothing if they were not asked for.
 
     Each token's object gets `token`, the text of its bytes: those that are no UTF-8 become U+FFFD.
     """
-    return (
-        {"completion_probabilities": [named(token) for token in event["probabilities"]]}
-        if event.get("probabilities")
-        else {}
-    )
+    tokens = shown(event)
+    return {"completion_probabilities": [named(token) for token in tokens]} if tokens else {}
 
 
 def named(token: Mapping[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,29 @@ def test_probabilities(server: Server) -> None:
     assert "completion_probabilities" not in ask(server, TALE)
 
 
+@pytest.mark.parametrize(
+    ("stop", "shown"),
+    [
+        ("lived a k", [" there", " lived"]),
+        ("ived", [" there", " lived"]),
+        ("e l", [" there"]),
+        (" there", []),
+        ("queen", [" there", " lived", " a", " king"]),
+    ],
+)
+def test_probabilities_end_where_the_text_does(server: Server, stop: str, shown: list[str]) -> None:
+    request = TALE | {"stop": [stop], "n_probs": 1}
+    whole = ask(server, request)
+    _, body = server.request("POST", "/completion", json.dumps(request | {"stream": True}).encode())
+    pieces = [json.loads(line.removeprefix("data: ")) for line in body.decode().split("\n\n") if line]
+    streamed = [token for piece in pieces for token in piece.get("completion_probabilities", [])]
+    assert streamed == whole.get("completion_probabilities", [])
+    assert [token["token"] for token in streamed] == shown
+    request = {"prompt": TALE["prompt"], "max_tokens": 4, "temperature": 0, "stop": [stop], "logprobs": 0}
+    (choice,) = ask(server, request, "/v1/completions")["choices"]
+    assert choice["logprobs"]["tokens"] == shown
+
+
 def test_probabilities_after_the_samplers(server: Server) -> None:
     body = ask(server, TALE | {"temperature": 1, "top_k": 2, "seed": 1, "n_probs": 3, "post_sampling_probs": True})
     for token in body["completion_probabilities"]:
