@@ -89,8 +89,11 @@ class Model {
   // The sketch of the output matrix's first rows, as many as n_sketched() says.
   const OutputSketch& output_sketch() const { return *sketch_; }
   size_t n_sketched() const { return n_sketched_; }
-  // A row of the output matrix, copied from the file. out: its row_bytes().
-  void read_output_row(size_t row, std::span<uint8_t> out) const { file_.read(output_.slice(row, 1).data, out); }
+  // A row of the embedding or of the output matrix, copied from the file: were it read through the map, sixteen pages
+  // of the file would become part of the process's memory. out: its row_bytes().
+  void read_row(const FloatRows& of, size_t row, std::span<uint8_t> out) const {
+    file_.read(of.slice(row, 1).data, out);
+  }
   const float* output_norm() const { return output_norm_; }  // (dim)
   const std::vector<Layer>& layers() const { return layers_; }
   // Radians per position of each rotated pair, (head_dim / 2); float, as the training code computes them.
