@@ -276,9 +276,11 @@ size_t Model::n_params() const {
 size_t Model::n_matrices() const { return layers_.size() * kMatricesPerLayer; }
 
 TernaryMatrix& Model::ternary_matrix(size_t i) {
-  Layer& l = layers_[i / kMatricesPerLayer];
-  TernaryMatrix* const matrices[kMatricesPerLayer] = {&l.q, &l.k, &l.v, &l.attn_output, &l.gate, &l.up, &l.down};
-  return *matrices[i % kMatricesPerLayer];
+  if (i < layers_.size()) return layers_[i].down;
+  i -= layers_.size();
+  Layer& l = layers_[i / (kMatricesPerLayer - 1)];
+  TernaryMatrix* const others[kMatricesPerLayer - 1] = {&l.q, &l.k, &l.v, &l.attn_output, &l.gate, &l.up};
+  return *others[i % (kMatricesPerLayer - 1)];
 }
 
 template <class F>
@@ -309,7 +311,7 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanose
   if (!settled_) return false;
   const auto start = std::chrono::steady_clock::now();
   do {
-    if (n_sketched_ < output_.rows)
+    if (next_matrix_ >= layers_.size() && n_sketched_ < output_.rows)
       settle_output(pool, kernels);
     else if (next_matrix_ < n_matrices())
       settle_ternary(ternary_matrix(next_matrix_++), pool, kernels);

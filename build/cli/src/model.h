@@ -79,8 +79,9 @@ class Model {
   // The weights begin in the file's small pages, through which memory is read a fifth slower, and the output matrix is
   // more than a token needs of it. Each call spends this time or a little more on sketching it and on moving the
   // ternary weights into large pages, as trits where the kernels compute from them, else as codes, sparse ones by
-  // columns, and gives the file's pages back; false when all is done. To be called between passes, so that the first
-  // token need not wait for it. Where there is no memory, everything stays as it is.
+  // columns, and gives the file's pages back; false when all is done. What a prompt and a token gain most from comes
+  // first: the sparse ones, then the sketch, then the rest. To be called between passes, so that the first token need
+  // not wait for it. Where there is no memory, everything stays as it is.
   bool settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time = kLeastSettling);
 
   const Config& config() const { return config_; }
@@ -110,7 +111,7 @@ class Model {
  private:
   Config config_;
   size_t n_matrices() const;                // ternary
-  TernaryMatrix& ternary_matrix(size_t i);  // in the order of use
+  TernaryMatrix& ternary_matrix(size_t i);  // the sparse ones, then the others in the order of use
   template <class F>
   void for_each_matrix(F&& f) const;
   void settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels);

@@ -26,7 +26,7 @@ constexpr size_t kTokensPerGroup = 8;             // that go through a sequence'
 constexpr size_t kFewAttending = 16;              // tokens whose attention is divided among threads by chunks
 
 // What is spent on settling after a pass, if it is more than the least: that part of what the pass took.
-constexpr int kSettlingShare = 16;
+constexpr int kSettlingShare = 8;
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
