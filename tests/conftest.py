@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import struct
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,6 +20,11 @@ DEMO_MODEL = ROOT / "build" / "model" / "demo" / "model.gguf"
 
 hypothesis.settings.register_profile("default", deadline=None)  # machines differ
 hypothesis.settings.load_profile("default")
+
+if (
+    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):  # a shell's `… &` ignores it, and whoever is started inherits that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)
