@@ -270,8 +270,8 @@ def test_what_is_watched_is_what_the_function_writes(demo_model: Path) -> None:
     values = {"AWS::Region": "eu-west-1", "Function": "f", "LogGroup": "/aws/lambda/f", "Timeout": "300"}
     properties = [widget["properties"] for widget in json.loads(filled(body, values))["widgets"]]
     with Emulator({"MODEL_PATH": str(demo_model), "AWS_LAMBDA_FUNCTION_NAME": "f"}) as function:
-        for request in ({"n_predict": 3}, {"n_predict": -7}, {"stop": [" a"]}, {"n_predict": -1, "temperature": 2}):
-            function.invoke({"prompt": "Once upon a time"} | request)
+        for request in ({"n_predict": 3}, {"n_predict": -7}, {"stop": [" a"]}, {"n_predict": -1}):
+            function.invoke({"prompt": "Once upon a time", "temperature": 0} | request)
         lines = [json.loads(line) for line in function.log().splitlines() if line.startswith("{")]
     written = {
         metric["Name"] for line in lines if "_aws" in line for metric in line["_aws"]["CloudWatchMetrics"][0]["Metrics"]
