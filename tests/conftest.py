@@ -21,9 +21,8 @@ DEMO_MODEL = ROOT / "build" / "model" / "demo" / "model.gguf"
 hypothesis.settings.register_profile("default", deadline=None)  # machines differ
 hypothesis.settings.load_profile("default")
 
-if (
-    signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):  # a shell's `… &` ignores it, and whoever is started inherits that
+# A shell's `… &` ignores it, and whoever is started inherits that.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 

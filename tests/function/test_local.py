@@ -11,6 +11,7 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
@@ -185,38 +186,44 @@ def test_a_signal_cancels_what_runs_and_answers_with_what_there_is(endless: Serv
     assert "Traceback" not in endless.log()
 
 
-def test_health_is_503_until_the_model_is_loaded(s3: S3, log: Path, demo_model: Path, tmp_path: Path) -> None:
-    go_on = threading.Event()
+@dataclass
+class Copy:
+    """Of a model from S3, which waits until it may go on."""
+
+    settings: dict[str, object]
+    begun: threading.Event = field(default_factory=threading.Event)
+    go_on: threading.Event = field(default_factory=threading.Event)
+
+
+@pytest.fixture
+def copy(s3: S3, demo_model: Path, tmp_path: Path) -> Copy:
+    copy = Copy({"MODEL_S3_URI": s3.put("m.gguf", demo_model.read_bytes()), "MODEL_CACHE_DIR": tmp_path / "cache"})
 
     def wait(_: Request) -> None:
-        assert go_on.wait(60)
+        copy.begun.set()
+        assert copy.go_on.wait(60)
 
-    uri = s3.put("m.gguf", demo_model.read_bytes())
     s3.before = wait
-    with Server(log, MODEL_S3_URI=uri, MODEL_CACHE_DIR=tmp_path / "cache") as server, ThreadPoolExecutor(1) as thread:
+    return copy
+
+
+def test_health_is_503_until_the_model_is_loaded(copy: Copy, log: Path) -> None:
+    with Server(log, **copy.settings) as server, ThreadPoolExecutor(1) as thread:
         status, body = server.health()
         assert (status, body["error"]["code"]) == (503, "model_loading")
         early = thread.submit(server.post, TALE)
-        go_on.set()
+        copy.go_on.set()
         assert early.result()[1]["content"] == TEXT  # it has waited
         assert server.health() == (200, {"status": "ok", "model": "ready"})
 
 
-def test_the_queue_for_the_model_has_a_limit(s3: S3, log: Path, demo_model: Path, tmp_path: Path) -> None:
-    go_on = threading.Event()
-
-    def wait(_: Request) -> None:
-        assert go_on.wait(60)
-
-    uri = s3.put("m.gguf", demo_model.read_bytes())
-    s3.before = wait
-    settings = {"MODEL_S3_URI": uri, "MODEL_CACHE_DIR": tmp_path / "cache", "QUEUE_LIMIT": 1}
+def test_the_queue_for_the_model_has_a_limit(copy: Copy, log: Path) -> None:
     requests = {
         "/completion": TALE,
         "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1},
         "/tokenize": {"content": "a"},
     }
-    with Server(log, **settings) as server, ThreadPoolExecutor(6) as threads:
+    with Server(log, **copy.settings, QUEUE_LIMIT=1) as server, ThreadPoolExecutor(6) as threads:
         asked = [
             threads.submit(server.request, "POST", path, json.dumps(request).encode())
             for path, request in requests.items()
@@ -226,27 +233,19 @@ def test_the_queue_for_the_model_has_a_limit(s3: S3, log: Path, demo_model: Path
         refused = [answer.result()[1] for answer in asked if answer.done()]
         assert {json.loads(body)["error"]["code"] for body in refused} == {"overloaded"}
         assert server.health()[0] == 503
-        go_on.set()
+        copy.go_on.set()
         assert sorted(answer.result()[0].status for answer in asked) == [200] * 2 + [503] * 4
 
 
-def test_a_signal_while_the_model_is_loaded(s3: S3, log: Path, demo_model: Path, tmp_path: Path) -> None:
-    arrived, go_on = threading.Event(), threading.Event()
-
-    def wait(_: Request) -> None:
-        arrived.set()
-        assert go_on.wait(60)
-
-    uri = s3.put("m.gguf", demo_model.read_bytes())
-    s3.before = wait
-    with Server(log, MODEL_S3_URI=uri, MODEL_CACHE_DIR=tmp_path / "cache") as server, ThreadPoolExecutor(1) as thread:
+def test_a_signal_while_the_model_is_loaded(copy: Copy, log: Path) -> None:
+    with Server(log, **copy.settings) as server, ThreadPoolExecutor(1) as thread:
         early = thread.submit(server.post, TALE)
-        assert arrived.wait(60)
+        assert copy.begun.wait(60)
         server.process.send_signal(signal.SIGTERM)
         status, body = early.result()
         assert (status, body["error"]["code"]) == (503, "stopping")
         assert server.process.wait(60) == 0
-        go_on.set()
+        copy.go_on.set()
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ Replay replay(Engine& engine, std::span<const TokenId> prompt, std::span<const T
   Session session(engine);
   std::vector<TokenId> history(prompt.begin(), prompt.end());
   session.evaluate(prompt.first(prompt.size() - 1));
-  Drafter drafter(may_guess ? std::min(engine.max_draft(), engine.transformer.max_batch() - 1) : 0);
+  Drafter drafter(may_guess ? engine.max_draft() : 0);
   GuessBudget budget;
   Replay result{};
   const Clock::time_point start = Clock::now();

@@ -1,6 +1,7 @@
 // A model ready to compute: the file, its tokenizer and weights, threads and buffers, put together once.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <string>
 
@@ -46,7 +47,7 @@ class Engine {
 
   const Config& config() const { return model.config(); }
   // Tokens that may be guessed ahead: as many as the kernels compute in little more than the time of one.
-  size_t max_draft() const { return isa >= Isa::kAvx512 ? 7 : 3; }
+  size_t max_draft() const { return std::min<size_t>(isa >= Isa::kAvx512 ? 7 : 3, transformer.max_batch() - 1); }
 };
 
 }  // namespace bitnet

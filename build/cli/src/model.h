@@ -91,9 +91,10 @@ class Model {
   const OutputSketch& output_sketch() const { return *sketch_; }
   size_t n_sketched() const { return n_sketched_; }
   // A row of the embedding or of the output matrix, copied from the file: were it read through the map, sixteen pages
-  // of the file would become part of the process's memory. out: its row_bytes().
-  void read_row(const FloatRows& of, size_t row, std::span<uint8_t> out) const {
-    file_.read(of.slice(row, 1).data, out);
+  // of the file would become part of the process's memory. copy: its row_bytes(), which what is returned points to.
+  FloatRows read_row(const FloatRows& of, size_t row, std::span<uint8_t> copy) const {
+    file_.read(of.slice(row, 1).data, copy);
+    return {of.type, copy.data(), 1, of.cols};
   }
   const float* output_norm() const { return output_norm_; }  // (dim)
   const std::vector<Layer>& layers() const { return layers_; }

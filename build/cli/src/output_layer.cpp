@@ -203,9 +203,7 @@ void OutputLayer::refine(size_t place, size_t p, Estimates& estimates, Scratch& 
 
 float OutputLayer::exact(size_t which, size_t row, size_t thread) {
   Scratch& scratch = scratch_[thread];
-  FloatRows w = model_.output().slice(row, 1);
-  model_.read_row(model_.output(), row, scratch.row);
-  w.data = scratch.row.data();
+  const FloatRows w = model_.read_row(model_.output(), row, scratch.row);
   float logit;
   kernels_.dot_rows(w, output(which), 1, &logit, 1);
   scratch.bytes += scratch.row.size();

@@ -316,7 +316,7 @@ std::vector<Scheduler::Slot*> Scheduler::plan() {
     if (slot.n_pending() > 1) long_ones.push_back(&slot);
   }
   if (long_ones.empty()) {
-    const size_t each = std::min(engine_.max_draft() + 1, max_batch) / std::max<size_t>(slots.size(), 1);
+    const size_t each = (engine_.max_draft() + 1) / std::max<size_t>(slots.size(), 1);
     const bool may_guess = guesses_ == Guesses::kAlways || budget_.allows(slots.size());
     for (Slot* slot : slots)
       if (each > 1 && !slot->sequence->in_prompt()) slot->draft = slot->sequence->propose(each - 1, may_guess);

@@ -16,7 +16,7 @@ SamplingParams with_seed(SamplingParams params, size_t index) {
 
 size_t max_draft(const Completion& request, const Engine& engine) {
   if (!request.speculate || request.mask) return 0;
-  return std::min(engine.max_draft(), engine.transformer.max_batch() - 1);
+  return engine.max_draft();
 }
 
 std::vector<TokenId> banned_tokens(const Completion& request, const Tokenizer& tokenizer) {

@@ -67,6 +67,12 @@ std::optional<int> free_processor(const cpu_set_t& allowed, const cpu_set_t& tak
   return {};
 }
 
+// To a processor, which it may leave again.
+void send(pid_t thread, int processor, const cpu_set_t& allowed) {
+  move(thread, processor);
+  sched_setaffinity(thread, sizeof allowed, &allowed);
+}
+
 // The processors that a thread may use; none where it has only one, be it the user's wish or another pool's loan: such
 // a thread stays where it is.
 std::optional<cpu_set_t> processors_of(pid_t thread) {
@@ -82,9 +88,7 @@ void sleep_and_lend(const std::atomic<uint32_t>& value, uint32_t old, pid_t thre
   const bool lends = allowed && here >= 0 && here != home;
   if (lends) move(thread, here);
   value.wait(old, std::memory_order_acquire);
-  if (!lends) return;
-  move(thread, home);
-  sched_setaffinity(thread, sizeof *allowed, &*allowed);
+  if (lends) send(thread, home, *allowed);
 }
 
 }  // namespace
@@ -191,10 +195,8 @@ void ThreadPool::spread_out(uint32_t loop) {
       if (run.loop.load(std::memory_order_relaxed) == loop)
         CPU_SET(run.processor.load(std::memory_order_relaxed), &taken);
     if (const std::optional<cpu_set_t> allowed = processors_of(id))
-      if (const auto to = free_processor(*allowed, taken, late.processor.load(std::memory_order_relaxed))) {
-        move(id, *to);
-        sched_setaffinity(id, sizeof *allowed, &*allowed);
-      }
+      if (const auto to = free_processor(*allowed, taken, late.processor.load(std::memory_order_relaxed)))
+        send(id, *to, *allowed);
     late.helped.store(false, std::memory_order_release);
   }
 }

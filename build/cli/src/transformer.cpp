@@ -173,9 +173,8 @@ void Transformer::embed(std::span<const BatchToken> batch) {
   const size_t half = config_.head_dim / 2;
   const FloatRows& embedding = model_.token_embedding();
   for_each_token([&](size_t t, size_t) {
-    std::vector<uint8_t> row(row_bytes(embedding.type, embedding.cols));
-    model_.read_row(embedding, static_cast<size_t>(batch[t].token), row);
-    decode_row({embedding.type, row.data(), 1, embedding.cols}, 0, &residual_[t * config_.dim]);
+    std::vector<uint8_t> copy(row_bytes(embedding.type, embedding.cols));
+    decode_row(model_.read_row(embedding, static_cast<size_t>(batch[t].token), copy), 0, &residual_[t * config_.dim]);
     for (size_t i = 0; i < half; i++) {
       const float angle = static_cast<float>(batch[t].position) * model_.rope_frequencies()[i];
       const SinCos value = sin_cos(static_cast<double>(angle));
