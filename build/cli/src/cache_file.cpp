@@ -11,6 +11,7 @@
 #include <utility>
 
 #include "error.h"
+#include "new_file.h"
 #include "utf8.h"
 
 namespace bitnet {
@@ -61,33 +62,24 @@ uint64_t fingerprint(const Model& model) {
   return uint64_t{sum} << 32 | embeddings;
 }
 
-[[noreturn]] void fail_errno(const std::string& path, const char* what) {
-  throw Error(ExitCode::kFileUnreadable, "cache file " + quoted(path) + " " + what + ": " + std::strerror(errno));
+std::string called(const std::string& path) { return "cache file " + quoted(path); }
+
+[[noreturn]] void fail_to_read(const std::string& path) {
+  throw Error(ExitCode::kFileUnreadable, called(path) + " cannot be read: " + std::strerror(errno));
 }
 
 [[noreturn]] void refuse(const std::string& path, const char* why) {
-  throw Error(ExitCode::kInvalidModel, "cache file " + quoted(path) + " " + why);
+  throw Error(ExitCode::kInvalidModel, called(path) + " " + why);
 }
 
 void read_exactly(int file, void* data, size_t n, const std::string& path) {
   for (auto* at = static_cast<std::byte*>(data); n > 0;) {
     const ssize_t got = read(file, at, n);
-    if (got < 0 && errno != EINTR) fail_errno(path, "cannot be read");
+    if (got < 0 && errno != EINTR) fail_to_read(path);
     if (got == 0) refuse(path, "is truncated");
     if (got > 0) {
       at += got;
       n -= static_cast<size_t>(got);
-    }
-  }
-}
-
-void write_exactly(int file, const void* data, size_t n, const std::string& path) {
-  for (const auto* at = static_cast<const std::byte*>(data); n > 0;) {
-    const ssize_t written = write(file, at, n);
-    if (written < 0 && errno != EINTR) fail_errno(path, "cannot be written");
-    if (written > 0) {
-      at += written;
-      n -= static_cast<size_t>(written);
     }
   }
 }
@@ -112,40 +104,11 @@ void for_each_chunk(const KvCache& cache, size_t n_positions, Part&& part, End&&
   if (left < kChunkBytes) end(sum);
 }
 
-// A file descriptor, and what it was opened for: without commit() the file goes with it.
-class TemporaryFile {
- public:
-  explicit TemporaryFile(const std::string& path) : path_(path + "." + std::to_string(getpid()) + ".tmp") {
-    struct stat status;
-    if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))  // a rename would replace a device
-      refuse(path, "cannot be written: not a regular file");
-    file_ = open(path_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, 0600);
-    if (file_ < 0) fail_errno(path, "cannot be written");
-  }
-  ~TemporaryFile() {
-    close(file_);
-    if (!path_.empty()) unlink(path_.c_str());
-  }
-  TemporaryFile(const TemporaryFile&) = delete;
-  TemporaryFile& operator=(const TemporaryFile&) = delete;
-
-  void commit(const std::string& path) {
-    if (rename(path_.c_str(), path.c_str()) != 0) fail_errno(path, "cannot be written");
-    path_.clear();
-  }
-
-  int file() const { return file_; }
-
- private:
-  std::string path_;
-  int file_;
-};
-
 }  // namespace
 
 CacheFile::CacheFile(const std::string& path, const Model& model, const KvCache& cache)
     : path_(path), file_(open(path.c_str(), O_RDONLY | O_NONBLOCK | O_CLOEXEC)) {
-  if (file_ < 0) fail_errno(path, "cannot be read");
+  if (file_ < 0) fail_to_read(path);
   try {
     struct stat status;
     if (fstat(file_, &status) != 0 || !S_ISREG(status.st_mode)) refuse(path, "is no regular file");
@@ -185,13 +148,13 @@ void CacheFile::save(const std::string& path, const Model& model, const KvCache&
       {}, kVersion, static_cast<uint32_t>(cache.type()), fingerprint(model), static_cast<uint32_t>(tokens.size()), 0};
   std::memcpy(header.magic, kMagic, sizeof kMagic);
   header.checksum = checksum(header, tokens);
-  TemporaryFile out(path);
-  write_exactly(out.file(), &header, sizeof header, path);
-  write_exactly(out.file(), tokens.data(), tokens.size_bytes(), path);
+  NewFile out(path, path + "." + std::to_string(getpid()) + ".tmp", called(path), 0600);
+  out.append(&header, sizeof header);
+  out.append(tokens.data(), tokens.size_bytes());
   for_each_chunk(
-      cache, tokens.size(), [&](const std::byte* bytes, size_t n) { write_exactly(out.file(), bytes, n, path); },
-      [&](uint32_t sum) { write_exactly(out.file(), &sum, sizeof sum, path); });
-  out.commit(path);
+      cache, tokens.size(), [&](const std::byte* bytes, size_t n) { out.append(bytes, n); },
+      [&](uint32_t sum) { out.append(&sum, sizeof sum); });
+  out.finish(false);  // of a file that a crash leaves incomplete the checksums are wrong
 }
 
 }  // namespace bitnet

@@ -160,7 +160,7 @@ struct Generate {
     c.add_option("--top-p", s.top_p, "1: all")->transform(in_range(1e-9, 1.0))->capture_default_str();
     c.add_option("--min-p", s.min_p, "0: all")->transform(in_range(0.0, 1.0))->capture_default_str();
     c.add_option("--repeat-penalty", s.repeat_penalty, "1: none")
-        ->transform(in_range(1e-9, 100.0))
+        ->transform(in_range(kLeastRepeatPenalty, 100.0))
         ->capture_default_str();
     c.add_option("--repeat-last-n", s.repeat_last_n, "tokens that penalties look back on; -1: all")
         ->transform(in_range(-1, kMaxCount))

@@ -1,19 +1,13 @@
 #include "pack.h"
 
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
 #include <zlib.h>
 
 #include <algorithm>
 #include <atomic>
-#include <cerrno>
 #include <cstring>
 #include <functional>
 #include <optional>
 #include <span>
-#include <system_error>
-#include <utility>
 #include <vector>
 
 #include "error.h"
@@ -21,6 +15,7 @@
 #include "kernels/kernels.h"
 #include "machine.h"
 #include "model.h"
+#include "new_file.h"
 #include "quantize.h"
 #include "rounding.h"
 #include "thread_pool.h"
@@ -134,54 +129,13 @@ std::vector<OutputTensor> packed_tensors(const GgufFile& file, const Model& mode
   return out;
 }
 
-// A file that appears under its name only when it is whole.
-class OutputFile {
- public:
-  explicit OutputFile(const std::string& path) : path_(path), temporary_(path + ".part") {
-    struct stat status {};
-    if (stat(path.c_str(), &status) == 0 && !S_ISREG(status.st_mode))  // a rename would replace a device
-      throw Error(ExitCode::kFileUnreadable, path_ + ": cannot be written: not a regular file");
-    fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_CLOEXEC, 0644);
-    if (fd_ < 0) fail();
-  }
-  ~OutputFile() {
-    if (fd_ >= 0) close(fd_);
-    if (!finished_) unlink(temporary_.c_str());
-  }
-  OutputFile(const OutputFile&) = delete;
-  OutputFile& operator=(const OutputFile&) = delete;
-
-  void write(std::span<const uint8_t> bytes, uint64_t offset) {
-    while (!bytes.empty()) {
-      const ssize_t n = pwrite(fd_, bytes.data(), bytes.size(), static_cast<off_t>(offset));
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) fail();
-      bytes = bytes.subspan(static_cast<size_t>(n));
-      offset += static_cast<uint64_t>(n);
-    }
-  }
-  void finish() {
-    if (fsync(fd_) != 0 || close(std::exchange(fd_, -1)) != 0) fail();
-    if (rename(temporary_.c_str(), path_.c_str()) != 0) fail();
-    finished_ = true;
-  }
-
- private:
-  [[noreturn]] void fail() const {
-    throw Error(ExitCode::kFileUnreadable, path_ + ": cannot be written: " + std::generic_category().message(errno));
-  }
-  std::string path_, temporary_;
-  int fd_ = -1;
-  bool finished_ = false;
-};
-
 // What stands behind the header, written one piece after another, and the checksums of its chunks.
 class DataSection {
  public:
-  DataSection(OutputFile& out, uint64_t start) : out_(out), start_(start) {}
+  DataSection(NewFile& out, uint64_t start) : out_(out), start_(start) {}
 
   void write(std::span<const uint8_t> bytes) {
-    out_.write(bytes, start_ + size_);
+    out_.write(bytes.data(), bytes.size(), start_ + size_);
     while (!bytes.empty()) {
       const size_t in_chunk = size_ % kPackChunkBytes, n = std::min(bytes.size(), kPackChunkBytes - in_chunk);
       if (in_chunk == 0) checksums_.push_back(0);
@@ -194,7 +148,7 @@ class DataSection {
   std::span<const uint32_t> checksums() const { return checksums_; }
 
  private:
-  OutputFile& out_;
+  NewFile& out_;
   uint64_t start_, size_ = 0;
   std::vector<uint32_t> checksums_;
 };
@@ -269,15 +223,16 @@ void pack(const std::string& input, const std::string& output, unsigned output_b
   }
   // The header stands before what it has the checksums of: it is written last.
   const std::vector<uint32_t> no_checksums(ceil_div(data_size, kPackChunkBytes));
-  OutputFile out(output);
+  NewFile out(output, output + ".part", output + ":", 0644);
   DataSection data(out, header_of(file, tensors, no_checksums).size());
   ThreadPool pool(usable_processors());
   for (const OutputTensor& tensor : tensors) {
     write_tensor(tensor, input, pool, data);
     data.write(Bytes(round_up(data.size(), alignment) - data.size(), 0));
   }
-  out.write(header_of(file, tensors, data.checksums()), 0);
-  out.finish();
+  const Bytes header = header_of(file, tensors, data.checksums());
+  out.write(header.data(), header.size(), 0);
+  out.finish(true);
 }
 
 }  // namespace bitnet

@@ -202,8 +202,8 @@ void read_sampling(Fields& fields, const Tokenizer& tokenizer, Completion& c) {
   count("min_keep", s.min_keep, 0);
   s.xtc_probability = fields.number("xtc_probability", s.xtc_probability, 0.0, 1.0);
   s.xtc_threshold = fields.number("xtc_threshold", s.xtc_threshold, 0.0, 1.0);
-  constexpr float kLeastPenalty = 1e-9f;  // less could make numbers of logits that are none
-  s.repeat_penalty = std::max(fields.number("repeat_penalty", s.repeat_penalty, 0.0, 100.0, false), kLeastPenalty);
+  s.repeat_penalty = std::max(fields.number("repeat_penalty", s.repeat_penalty, 0.0, 100.0, false),
+                              static_cast<float>(kLeastRepeatPenalty));
   count("repeat_last_n", s.repeat_last_n, -1);
   s.presence_penalty = fields.number("presence_penalty", s.presence_penalty, -100.0, 100.0);
   s.frequency_penalty = fields.number("frequency_penalty", s.frequency_penalty, -100.0, 100.0);

@@ -24,6 +24,8 @@ struct LogitBias {
   float bias;
 };
 
+constexpr double kLeastRepeatPenalty = 1e-9;  // less could make numbers of logits that are none
+
 struct SamplingParams {
   std::vector<SamplerStage> samplers = {SamplerStage::kPenalties, SamplerStage::kDry,      SamplerStage::kTopNSigma,
                                         SamplerStage::kTopK,      SamplerStage::kTypicalP, SamplerStage::kTopP,

@@ -1,0 +1,59 @@
+#include "new_file.h"
+
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+#include <cerrno>
+#include <system_error>
+#include <utility>
+
+#include "error.h"
+
+namespace bitnet {
+
+NewFile::NewFile(std::string path, std::string temporary, std::string called, mode_t mode)
+    : path_(std::move(path)), temporary_(std::move(temporary)), called_(std::move(called)) {
+  struct stat status {};
+  if (stat(path_.c_str(), &status) == 0 && !S_ISREG(status.st_mode))  // a rename would replace a device
+    fail("not a regular file");
+  fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, mode);
+  if (fd_ < 0) fail_errno();
+}
+
+NewFile::~NewFile() {
+  if (fd_ >= 0) close(fd_);
+  if (!finished_) unlink(temporary_.c_str());
+}
+
+void NewFile::write(const void* data, size_t n, uint64_t offset) {
+  for (const auto* at = static_cast<const std::byte*>(data); n > 0;) {
+    const ssize_t written = pwrite(fd_, at, n, static_cast<off_t>(offset));
+    if (written < 0 && errno != EINTR) fail_errno();
+    if (written > 0) {
+      at += written;
+      n -= static_cast<size_t>(written);
+      offset += static_cast<uint64_t>(written);
+    }
+  }
+}
+
+void NewFile::append(const void* data, size_t n) {
+  write(data, n, size_);
+  size_ += n;
+}
+
+void NewFile::finish(bool durable) {
+  if (durable && fsync(fd_) != 0) fail_errno();
+  if (close(std::exchange(fd_, -1)) != 0) fail_errno();
+  if (rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno();
+  finished_ = true;
+}
+
+void NewFile::fail(const std::string& why) const {
+  throw Error(ExitCode::kFileUnreadable, called_ + " cannot be written: " + why);
+}
+
+void NewFile::fail_errno() const { fail(std::generic_category().message(errno)); }
+
+}  // namespace bitnet
