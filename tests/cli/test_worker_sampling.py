@@ -5,8 +5,11 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from bitnet_gguf import EMBEDDING_TYPES, Array, ModelShape, TensorSpec, tensor_specs, write_gguf
+from synthesize import RandomWeights, make_vocabulary
 from tests.cli.bitnet import Bitnet
 from tests.cli.engine_logits import engine_logits
 from tests.cli.worker import PROMPT, Event, Worker, started
@@ -148,3 +151,41 @@ def test_time_for_the_text_ends_it_after_a_line(bitnet: Bitnet, endless_model: P
         a = worker.tokenize("a")[0]
         fields["logit_bias"] = [[a, 1e6]]  # no line ends
         assert worker.complete(PROMPT, n_predict=500, **fields)["tokens_predicted"] == 500
+
+
+class AlikeEmbeddings(RandomWeights):
+    """Rows of the embedding in groups of 32 that differ by noise, and layers that leave a token's row what it is."""
+
+    def __init__(self, noise: float) -> None:
+        super().__init__(seed=0)
+        self._noise = noise
+
+    def load(self, spec: TensorSpec) -> Array:
+        if "sub_norm" in spec.name:
+            return np.full(spec.shape, 1e-4, "<f4")
+        if spec.name != "token_embd.weight":
+            return super().load(spec)
+        random = np.random.default_rng(1)
+        groups = np.repeat(random.standard_normal((spec.shape[0] // 32, spec.shape[1])), 32, axis=0)
+        return (0.04 * (groups + self._noise * random.standard_normal(groups.shape))).astype("<f2")
+
+
+@pytest.mark.parametrize("noise", [0.01, 0.3])
+def test_tokens_whose_embeddings_are_nearly_the_same_are_told_apart(
+    bitnet: Bitnet, tmp_path: Path, noise: float
+) -> None:
+    """The largest logits are looked for in a sketch; where probabilities are asked for, all are computed."""
+    path = tmp_path / "model.gguf"
+    shape = ModelShape(4096, 256, 1024, 1, 256, 8, 2)
+    specs = list(tensor_specs(shape, EMBEDDING_TYPES["f16"]))
+    write_gguf(path, "alike", shape, make_vocabulary(4096, None), specs, AlikeEmbeddings(noise).load)
+    with started(bitnet, path) as worker:
+        worker.ask(op="completion", prompt=[1], n_predict=200, ignore_eos=True)  # the sketch is made meanwhile
+        for seed in range(5):
+            fields = {"op": "completion", "prompt": [seed], "n_predict": 30, "ignore_eos": True, "seed": seed}
+            for temperature in (0, 1):
+                sketched, exact = (
+                    worker.ask(**fields, temperature=temperature, top_p=1, min_p=0, n_probs=n)[-1]["tokens"]
+                    for n in (0, 1)
+                )
+                assert sketched == exact

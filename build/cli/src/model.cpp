@@ -342,7 +342,7 @@ void Model::settle_output(ThreadPool& pool, const Kernels& kernels) {
   constexpr size_t kRowsPerCall = 1024, kRowsPerPiece = 16;
   const size_t end = std::min(n_sketched_ + kRowsPerCall, output_.rows);
   pool.for_each(ceil_div(end - n_sketched_, kRowsPerPiece), [&](size_t piece, size_t) {
-    std::vector<float> work(output_.cols);
+    std::vector<float> work(2 * output_.cols);
     const size_t first = n_sketched_ + piece * kRowsPerPiece, n = std::min(kRowsPerPiece, end - first);
     for (size_t r = first; r < first + n; r++) sketch_->add(output_, r, kernels, work.data());
     give_back(output_.slice(first, n).data, n * row_bytes(output_.type, output_.cols));

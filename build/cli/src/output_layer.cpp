@@ -21,6 +21,10 @@ constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
 // 3.5 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
 // away. docs/performance.md says what it was tried on.
 constexpr double kDeviations = 5.0, kFewColumns = 20.0;
+// Errors are not of chance where rows and vector have something in common that codes miss, as rows that are nearly the
+// same. The rows that are computed exactly show it: where one lies more than half of the bound above its estimate, the
+// bound is widened by that many times what is above.
+constexpr float kSuspicious = 0.5f, kWidening = 4.0f;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
@@ -191,13 +195,37 @@ std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::
   return best.take();
 }
 
+// How far at most a row may lie above what the planes up to p make of it, by chance.
+float OutputLayer::slack(size_t place, size_t p, size_t row) const {
+  const OutputSketch& sketch = model_.output_sketch();
+  const Query& q = queries_[place];
+  return q.per_error * sketch.planes[p].errors[row] + q.per_norm * sketch.norms[row];
+}
+
+// What the bounds are to be multiplied with, by what is known of some rows.
+float OutputLayer::widening_for(size_t place, std::span<const Refined> refined) const {
+  float widening = 1.0f;
+  for (const Refined& r : refined)
+    for (size_t p = 0; p < kSketchPlanes; p++) {
+      const float allowed = slack(place, p, static_cast<size_t>(r.best.token));
+      const float above = r.best.logit - r.by_plane[p];
+      if (allowed > 0.0f && above > kSuspicious * allowed)
+        widening = std::max(widening, 1.0f + kWidening * (above / allowed - kSuspicious));
+    }
+  return widening;
+}
+
 // Adds to the estimates what a further plane does.
 void OutputLayer::refine(size_t place, size_t p, Estimates& estimates, Scratch& scratch) const {
   const OutputSketch::Plane& plane = model_.output_sketch().planes[p];
   const Query& q = queries_[place];
   kernels_.ternary_select(plane.codes, estimates.rows.data(), estimates.n, values(place, 1), scratch.sums.data());
-  for (size_t i = 0; i < estimates.n; i++)
-    estimates.values[i] += q.unit * plane.steps[estimates.rows[i]] * (static_cast<float>(scratch.sums[i]) - q.centre);
+  for (size_t i = 0; i < estimates.n; i++) {
+    const size_t row = estimates.rows[i];
+    const float sum = static_cast<float>(scratch.sums[i]) - q.centre;
+    estimates.values[i] =
+        q.offset + plane.gains[row] * (estimates.values[i] - q.offset) + q.unit * plane.steps[row] * sum;
+  }
   scratch.bytes += estimates.n * plane.codes.row_bytes();
 }
 
@@ -238,10 +266,10 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
   if (rows == 0) return out;
   estimate(which);
   const size_t place = which - first_estimated_;
-  const OutputSketch& sketch = model_.output_sketch();
   const float* estimated = estimates(place);
 
   std::vector<Candidate> first = best_estimates(place, kRefinedFirst * k + kLeastRefined, allowed);
+  std::vector<Refined> refined(first.size());
   pool_.for_each(ceil_div(first.size(), kCandidatesPerPiece), [&](size_t piece, size_t thread) {
     const size_t begin = piece * kCandidatesPerPiece;
     Estimates& left = scratch_[thread].left;
@@ -250,11 +278,18 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
       left.rows[i] = static_cast<uint32_t>(first[begin + i].token);
       left.values[i] = first[begin + i].logit;
     }
-    for (size_t p = 1; p < kSketchPlanes; p++) refine(place, p, left, scratch_[thread]);
-    for (size_t i = 0; i < left.n; i++) first[begin + i].logit = left.values[i];
+    for (size_t p = 0; p < kSketchPlanes; p++) {
+      if (p > 0) refine(place, p, left, scratch_[thread]);
+      for (size_t i = 0; i < left.n; i++) refined[begin + i].by_plane[p] = left.values[i];
+    }
+    for (size_t i = 0; i < left.n; i++) refined[begin + i].best = {left.values[i], first[begin + i].token};
   });
-  sort_best(first, k);
+  std::sort(refined.begin(), refined.end(), [](const Refined& a, const Refined& b) { return better(a.best, b.best); });
+  first.resize(std::min(k, first.size()));
+  for (size_t i = 0; i < first.size(); i++) first[i] = refined[i].best;
   compute(which, first);
+  for (size_t i = 0; i < first.size(); i++) refined[i].best = first[i];
+  const float widening = widening_for(place, refined);
   std::vector<size_t> done;
   for (const Candidate& candidate : first) done.push_back(static_cast<size_t>(candidate.token));
   std::sort(done.begin(), done.end());
@@ -262,15 +297,18 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
   sort_best(out, k);
   const float least = out.size() < k ? -kInfinity : out.back().logit;
 
-  const Query& q = queries_[place];
   const float* most = highest(place);
   pool_.for_each(ceil_div(rows, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
     // Those that are left, plane after plane. NaN, of wrong weights, stays: it is not known to be small.
     Scratch& scratch = scratch_[thread];
     Estimates& left = scratch.left;
-    const size_t begin = piece * kEstimatesPerPiece;
-    const size_t n =
-        kernels_.find_not_below(most + begin, std::min(kEstimatesPerPiece, rows - begin), least, left.rows.data());
+    const size_t begin = piece * kEstimatesPerPiece, n_rows = std::min(kEstimatesPerPiece, rows - begin);
+    const float* bounds = most + begin;
+    if (widening > 1.0f) {
+      for (size_t i = 0; i < n_rows; i++) left.values[i] = estimated[begin + i] + widening * slack(place, 0, begin + i);
+      bounds = left.values.data();
+    }
+    const size_t n = kernels_.find_not_below(bounds, n_rows, least, left.rows.data());
     left.n = 0;
     for (size_t i = 0; i < n; i++) {
       const size_t row = begin + left.rows[i];
@@ -280,11 +318,9 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
     }
     for (size_t p = 1; p < kSketchPlanes; p++) {
       refine(place, p, left, scratch);
-      const OutputSketch::Plane& plane = sketch.planes[p];
       size_t n_kept = 0;
       for (size_t i = 0; i < left.n; i++) {
-        const size_t row = left.rows[i];
-        if (left.values[i] + q.per_error * plane.errors[row] + q.per_norm * sketch.norms[row] < least) continue;
+        if (left.values[i] + widening * slack(place, p, left.rows[i]) < least) continue;
         left.rows[n_kept] = left.rows[i];
         left.values[n_kept++] = left.values[i];
       }

@@ -68,6 +68,12 @@ class OutputLayer {
     size_t n = 0;
   };
 
+  // A row's logit, exact or as all planes give it, and what the planes up to each make of it.
+  struct Refined {
+    Candidate best;
+    std::array<float, kSketchPlanes> by_plane;
+  };
+
   // What a thread needs of its own.
   struct Scratch {
     std::vector<int32_t> sums;  // (kEstimatedTogether, kRowsPerPiece), or (kEstimatesPerPiece)
@@ -86,6 +92,8 @@ class OutputLayer {
   void prepare(size_t which, size_t place);
   void estimate(size_t which);
   std::vector<Candidate> best_estimates(size_t place, size_t n, std::span<const uint64_t> allowed);
+  float slack(size_t place, size_t p, size_t row) const;
+  float widening_for(size_t place, std::span<const Refined> refined) const;
   void refine(size_t place, size_t plane, Estimates& estimates, Scratch& scratch) const;
   float exact(size_t which, size_t row, size_t thread);
   std::vector<Candidate> search(size_t which, size_t k, std::span<const uint64_t> allowed);

@@ -9,6 +9,7 @@ OutputSketch::OutputSketch(const FloatRows& w, uint8_t* memory) : norms(w.rows) 
   for (size_t p = 0; p < planes.size(); p++)
     planes[p] = {{TernaryType::kCodes, memory + p * plane_bytes(w.rows, w.cols), w.rows, w.cols},
                  std::vector<float>(w.rows),
+                 std::vector<float>(w.rows),
                  std::vector<float>(w.rows)};
   constexpr size_t kSample = 1024;  // rows: the mean of a column is known to a thirtieth of its deviation
   constexpr double kLeast = 0.01;   // of the mean deviation: a column that is all but constant may not be so elsewhere
@@ -44,6 +45,7 @@ void OutputSketch::add(const FloatRows& w, size_t row, const Kernels& kernels, f
   const RowSketch sketch = kernels.sketch_row(w.slice(row, 1), means.data(), inverse_scales_.data(), work, codes);
   for (size_t p = 0; p < planes.size(); p++) {
     planes[p].steps[row] = sketch.steps[p];
+    planes[p].gains[row] = sketch.gains[p];
     planes[p].errors[row] = sketch.errors[p];
   }
   norms[row] = sketch.norm;

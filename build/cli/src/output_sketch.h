@@ -12,13 +12,14 @@
 
 namespace bitnet {
 
-// w[r][i] ≈ means[i] + scales[i] · Σₚ planes[p].steps[r] · (code of r, i in plane p − 1.5). Rows are standardised by
-// column first, so that a column of large weights does not spoil what is known of the others.
+// w[r][i] ≈ means[i] + scales[i] · u[i], where u = 0 becomes planes[p].gains[r] · u[i] + planes[p].steps[r] · (code of
+// r, i in plane p − 1.5) with each plane p. Rows are standardised by column first, so that a column of large weights
+// does not spoil what is known of the others.
 struct OutputSketch {
   struct Plane {
-    TernaryRows codes;          // 0 … 3
-    std::vector<float> steps;   // (rows)
-    std::vector<float> errors;  // (rows): root mean square of what this plane and those before it leave
+    TernaryRows codes;                // 0 … 3
+    std::vector<float> steps, gains;  // (rows)
+    std::vector<float> errors;        // (rows): root mean square of what this plane and those before it leave
   };
 
   // `memory` must have bytes(w) and outlive the sketch. Looks at some rows of w; fills in nothing yet.
@@ -26,12 +27,12 @@ struct OutputSketch {
   static size_t bytes(const FloatRows& w) { return kSketchPlanes * plane_bytes(w.rows, w.cols); }
   static size_t plane_bytes(size_t rows, size_t cols) { return rows * (cols / 4); }
 
-  // Each row once, by any thread. work: (cols)
+  // Each row once, by any thread. work: (2, cols)
   void add(const FloatRows& w, size_t row, const Kernels& kernels, float* work);
 
   std::vector<float> means, scales;  // (cols)
   std::array<Plane, kSketchPlanes> planes;
-  std::vector<float> norms;  // (rows): √Σᵢ of the standardised row's squares
+  std::vector<float> norms;  // (rows): of the longest u
 
  private:
   std::vector<float> inverse_scales_;  // (cols)

@@ -550,6 +550,7 @@ template <RowType type>
 inline RowSketch sketch(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
                         uint8_t* const codes[kSketchPlanes]) {
   F32x16 squares = zero();
+  float* row = work + w.cols;
   for (size_t i = 0; i < w.cols; i += kLoaded<type> * kLanes) {
     F32x16 weights[kLoaded<type>];
     load_weights<type>(w.data, i, weights);
@@ -558,15 +559,30 @@ inline RowSketch sketch(const FloatRows& w, const float* means, const float* inv
       const F32x16 u = mul(sub(weights[v], load(means + at)), load(inverse_scales + at));
       squares = fma(u, u, squares);
       store(work + at, u);
+      store(row + at, u);
     }
   }
+  // The best steps leave an error that has a part along the row: a vector that is like the row, as it is like those of
+  // the largest products, would have its product underestimated by more than errors of chance explain. So what planes
+  // make of the row is stretched until its error is orthogonal to the row.
   RowSketch out;
-  out.norm = __builtin_sqrtf(sum(squares));
-  float rms = out.norm / __builtin_sqrtf(static_cast<float>(w.cols));
+  const double n = static_cast<double>(w.cols), of_row = static_cast<double>(sum(squares));
+  float rms = __builtin_sqrtf(static_cast<float>(of_row / n));
+  double stretch = 1.0, longest = 0.0;
   for (size_t p = 0; p < kSketchPlanes; p++) {
-    out.steps[p] = sketch_plane(work, w.cols, kSpreads[p], rms, codes[p]);
-    out.errors[p] = rms;
+    const float step = sketch_plane(work, w.cols, kSpreads[p], rms, codes[p]);
+    F32x16 products = zero();
+    for (size_t i = 0; i < w.cols; i += kLanes) products = fma(load(work + i), load(row + i), products);
+    const double along = static_cast<double>(sum(products)), before = stretch;
+    stretch = along < of_row ? of_row / (of_row - along) : 1.0;
+    const double more = stretch - 1.0, left = static_cast<double>(rms) * static_cast<double>(rms) * n;
+    const double error = more * more * of_row - 2.0 * stretch * more * along + stretch * stretch * left;
+    out.steps[p] = static_cast<float>(stretch) * step;
+    out.gains[p] = static_cast<float>(stretch / before);
+    out.errors[p] = static_cast<float>(__builtin_sqrt((error > 0.0 ? error : 0.0) / n));
+    longest = of_row + error > longest ? of_row + error : longest;
   }
+  out.norm = static_cast<float>(__builtin_sqrt(longest));
   return out;
 }
 

@@ -113,11 +113,13 @@ struct FloatRows {
 
 inline constexpr size_t kSketchPlanes = 3;
 
-// What sketch_row says of a row.
+// What sketch_row says of a row: what a plane and those before it make of it is gains[p] · what those before it do,
+// plus steps[p] · (codes[p] − 1.5).
 struct RowSketch {
-  float steps[kSketchPlanes];   // of a plane's codes
-  float errors[kSketchPlanes];  // root mean square of what a plane and those before it leave
-  float norm;                   // √Σ u²
+  float steps[kSketchPlanes];
+  float gains[kSketchPlanes];
+  float errors[kSketchPlanes];  // root mean square of what is left then, which is orthogonal to the row
+  float norm;                   // of the longest of what planes make of the row
 };
 
 // Keys and values of one layer and one kv head, of up to kChunkPositions positions. Keys lie in blocks of 16 positions,
@@ -242,7 +244,7 @@ struct Kernels {
   void (*divide_attention)(const Attention& sum, size_t n_queries, size_t head_dim, float* out);
 
   // The row of w, standardised to u[i] = (weight[i] − means[i]) · inverse_scales[i], in planes of 2-bit codes, each
-  // laid out as I2_S, (cols / 4): u[i] ≈ Σₚ steps[p] · (codes[p][i] − 1.5). work: (cols)
+  // laid out as I2_S, (cols / 4). work: (2, cols)
   RowSketch (*sketch_row)(const FloatRows& w, const float* means, const float* inverse_scales, float* work,
                           uint8_t* const codes[kSketchPlanes]);
 
