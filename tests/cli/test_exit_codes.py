@@ -554,7 +554,23 @@ def test_a_wrong_command(arguments: tuple[str, ...], says: str, bitnet: Bitnet) 
 
 
 @pytest.mark.parametrize(
-    "text", ["", "[", "{}", "5", "null", "[1.5]", "[true]", "[-1]", "[4096]", "[4294967297]", '["a"]', "[[1]]", "[1] x"]
+    "text",
+    [
+        "",
+        "[",
+        "{}",
+        "5",
+        "null",
+        "[1.5]",
+        "[true]",
+        "[-1]",
+        "[4096]",
+        "[4294967297]",
+        '["a"]',
+        "[[1]]",
+        "[1] x",
+        pytest.param("[" * 200_000 + "]" * 200_000, id="nested"),
+    ],
 )
 def test_detokenize_takes_an_array_of_token_ids(text: str, bitnet: Bitnet, demo_model: Path) -> None:
     code, message = bitnet.error("detokenize", "-m", demo_model, stdin=text.encode())

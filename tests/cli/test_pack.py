@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import resource
 import signal
@@ -164,6 +165,21 @@ def test_what_cannot_be_packed(bitnet: Bitnet, tmp_path: Path, demo_model: Path)
         code, message = bitnet.error("pack", "--model", demo_model, "--output", tmp_path / name)
         assert (code, message) == (4, f"{tmp_path / name}: cannot be written: not a regular file")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "packed.gguf", "pipe"]
+
+
+def test_a_file_that_another_process_packs_is_left_to_it(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:
+    packed = tmp_path / "packed.gguf"
+    part = tmp_path / "packed.gguf.part"
+    part.write_bytes(b"half of it")
+    with part.open("rb+") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        code, message = bitnet.error("pack", "--model", demo_model, "--output", packed)
+        assert (code, message) == (4, f"{packed}: cannot be written: another process is writing it")
+        assert part.read_bytes() == b"half of it"
+    bitnet("pack", "--model", demo_model, "--output", packed)  # what an ended process has left is in nobody's way
+    bitnet("pack", "--model", demo_model, "--output", tmp_path / "again.gguf")
+    assert packed.read_bytes() == (tmp_path / "again.gguf").read_bytes()
+    assert not part.exists()
 
 
 def test_rows_that_six_bits_do_not_take(bitnet: Bitnet, tmp_path: Path) -> None:

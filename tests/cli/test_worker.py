@@ -201,6 +201,8 @@ def test_a_seed_repeats_a_text(worker: Worker) -> None:
     assert worker.complete(PROMPT, temperature=1.5, n_predict=30, seed=first["seed"])["tokens"] == first["tokens"]
     texts = {worker.complete(PROMPT, temperature=1.5, n_predict=30, seed=seed)["content"] for seed in (0, 1, 2**63 - 1)}
     assert len(texts) == 3
+    worker.send(id="two", op="completion", prompt=PROMPT, n_predict=1, n=2, seed=2**63 - 1)
+    assert sorted(worker.receive()["seed"] for _ in range(2)) == [0, 2**63 - 1]  # both may be asked for again
 
 
 def test_penalties_keep_tokens_from_coming_again(worker: Worker) -> None:

@@ -261,9 +261,10 @@ struct Detokenize {
       std::vector<TokenId> ids;
       for (const Json& id : list) {
         if (!id.is_number_unsigned() || id.get<uint64_t>() >= tokenizer.vocab_size())
-          throw Error(ExitCode::kUsage, "standard input: token ids are integers from 0 to " +
-                                            std::to_string(tokenizer.vocab_size() - 1) + ", got " +
-                                            bitnet::quoted(id.dump()));
+          throw Error(ExitCode::kUsage,
+                      "standard input: token ids are integers from 0 to " + std::to_string(tokenizer.vocab_size() - 1) +
+                          ", got " +
+                          (id.is_structured() ? std::string("an ") + id.type_name() : bitnet::quoted(id.dump())));
         ids.push_back(id.get<TokenId>());
       }
       write_out(tokenizer.decode(ids, true));

@@ -1,6 +1,7 @@
 #include "new_file.h"
 
 #include <fcntl.h>
+#include <sys/file.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -17,8 +18,21 @@ NewFile::NewFile(std::string path, std::string temporary, std::string called, mo
   struct stat status {};
   if (stat(path_.c_str(), &status) == 0 && !S_ISREG(status.st_mode))  // a rename would replace a device
     fail("not a regular file");
-  fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_TRUNC | O_NOFOLLOW | O_CLOEXEC, mode);
-  if (fd_ < 0) fail_errno();
+  // One that was left behind is taken over, but not one that another process writes.
+  for (bool same = false; !same;) {
+    fd_ = open(temporary_.c_str(), O_WRONLY | O_CREAT | O_NOFOLLOW | O_CLOEXEC, mode);
+    if (fd_ < 0) fail_errno();
+    struct stat opened {};
+    const bool busy = flock(fd_, LOCK_EX | LOCK_NB) != 0 && errno == EWOULDBLOCK;
+    same = fstat(fd_, &opened) == 0 && stat(temporary_.c_str(), &status) == 0 && opened.st_ino == status.st_ino &&
+           opened.st_dev == status.st_dev;  // or that process has just given it its name
+    if (busy || !same) close(std::exchange(fd_, -1));
+    if (busy) fail("another process is writing it");
+  }
+  if (ftruncate(fd_, 0) != 0) {
+    close(fd_);
+    fail_errno();
+  }
 }
 
 NewFile::~NewFile() {

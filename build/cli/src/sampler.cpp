@@ -21,6 +21,11 @@ double power(double base, double exponent) {
   return base > 0.0 ? exponential(exponent * logarithm(base)) : std::pow(base, exponent);
 }
 
+bool penalised_after_temperature(std::span<const SamplerStage> stages) {
+  const auto temperature = std::find(stages.begin(), stages.end(), SamplerStage::kTemperature);
+  return std::find(temperature, stages.end(), SamplerStage::kPenalties) != stages.end();
+}
+
 }  // namespace
 
 std::string_view name_of(SamplerStage stage) {
@@ -278,7 +283,11 @@ void Sampler::divide_by(double temperature) {
   }
   const double best = value_of(*std::min_element(candidates_.begin(), candidates_.end(), better));
   if (std::isinf(best)) return;
-  for (Candidate& c : candidates_) c.logit = static_cast<float>((value_of(c) - best) / temperature);
+  // Differences to the best keep their digits. But a penalty that comes later looks at the sign of a logit.
+  const bool signs_count =
+      penalised_after_temperature(params_.samplers) && std::isfinite(static_cast<float>(best / temperature));
+  const double zero = signs_count ? 0.0 : best;
+  for (Candidate& c : candidates_) c.logit = static_cast<float>((value_of(c) - zero) / temperature);
 }
 
 // Basu et al., 2021; version 2 cuts where the surprise passes μ, version 1 after the number of tokens that a Zipf

@@ -1,6 +1,7 @@
 #include "sequence.h"
 
 #include <algorithm>
+#include <limits>
 
 namespace bitnet {
 namespace {
@@ -9,8 +10,13 @@ double ms_between(Clock::time_point from, Clock::time_point to) {
   return std::chrono::duration<double, std::milli>(to - from).count();
 }
 
+// Of the completion of that index; what a request may ask for, since clients write it back.
+uint64_t seed_of(const SamplingParams& params, size_t index) {
+  return (params.seed + index) & static_cast<uint64_t>(std::numeric_limits<int64_t>::max());
+}
+
 SamplingParams with_seed(SamplingParams params, size_t index) {
-  params.seed += index;
+  params.seed = seed_of(params, index);
   return params;
 }
 
@@ -83,7 +89,7 @@ CompletionResult Sequence::not_begun(const Completion& request, size_t index, St
   CompletionResult result;
   result.stop_type = type;
   result.n_prompt = request.prompt.size();
-  result.seed = request.sampling.seed + index;
+  result.seed = seed_of(request.sampling, index);
   return result;
 }
 

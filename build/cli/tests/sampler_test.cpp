@@ -303,6 +303,19 @@ TEST_CASE("samplers work in the order that is asked for") {
   CHECK(chances(p, kLogits).size() == 4);
 }
 
+TEST_CASE("a penalty after a temperature looks at the same signs") {
+  SamplingParams p = open();
+  p.repeat_penalty = 2.0f;
+  p.repeat_last_n = -1;
+  const std::vector<float> logits = {3.0f, 2.0f, -1.0f};
+  p.samplers = {Stage::kPenalties, Stage::kTemperature};
+  const std::map<TokenId, double> expected = chances(p, logits, {0, 2});
+  p.samplers = {Stage::kTemperature, Stage::kPenalties};
+  check(chances(p, logits, {0, 2}), expected);
+  p.temperature = 1e-38f;  // by which no logit can be divided
+  check(chances(p, {3.0f, 2.0f}), {{0, 1.0}, {1, 0.0}});
+}
+
 TEST_CASE("the best candidates are enough where prepare says so") {
   std::vector<float> logits(4000);
   std::vector<TokenId> history;
