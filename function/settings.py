@@ -172,8 +172,9 @@ class Settings:
                     values[setting] = hint.__metadata__[0](name, text)
                 except schema.ApiError as error:
                     raise SettingsError(error.message) from None
-        if not values.get("threads") and (memory_mb := environment.get("AWS_LAMBDA_FUNCTION_MEMORY_SIZE")):
-            values["threads"] = lambda_threads(int(memory_mb))
+        name = "AWS_LAMBDA_FUNCTION_MEMORY_SIZE"
+        if not values.get("threads") and (text := environment.get(name)):
+            values["threads"] = lambda_threads(int(_number(name, text, int)))
         settings = cls(**values)
         if settings.max_n_predict and "n_predict" not in values:
             return cls(**values | {"n_predict": min(settings.n_predict, settings.max_n_predict)})

@@ -83,6 +83,7 @@ def test_every_setting_is_read() -> None:
         ("API_KEY_ARN", "arn:aws:s3:::bucket/key", "of Secrets Manager, got"),
         ("API_KEY", " ", "'API_KEY' must be printable ASCII"),
         ("PORT", "65536", "'PORT' must be from 0 to 65535, got 65536"),
+        ("AWS_LAMBDA_FUNCTION_MEMORY_SIZE", "abc", "'AWS_LAMBDA_FUNCTION_MEMORY_SIZE' must be an integer, got \"abc\""),
     ],
 )
 def test_a_wrong_setting_is_named_with_limit_and_value(name: str, text: str, says: str) -> None:
