@@ -200,7 +200,7 @@ class _Run:
                 elif code == "engine_died" and not alone:
                     self.suspects[index] = item
                     return
-                elif code in ("engine_hung", "model_loading", "stopping"):
+                elif code in ("engine_hung", "model_loading", "stopping", "too_late"):
                     return  # the time is over
                 elif call.record.get("stop_type") in ("deadline", "cancelled"):
                     self.cut[index] = result

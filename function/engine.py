@@ -59,6 +59,13 @@ class HungError(EngineError):
     code = "engine_hung"
 
 
+class LateError(EngineError):
+    """The deadline is too near for the engine to answer, so it was not asked."""
+
+    code = "too_late"
+    transient = True
+
+
 class BusyError(EngineError):
     """The queue is full."""
 
@@ -381,6 +388,8 @@ class _Worker:
         mask: Mask | None,
     ) -> Generator[Event]:
         """Sends requests, answers their masks, yields their other events; cancels the rest if the caller goes away."""
+        if give_up_at is not None and time.monotonic() >= give_up_at:  # else it would be ended for not having answered
+            raise LateError("there is no time left for an answer; try again, or give the function more time")
         inbox: SimpleQueue[Event | None] = SimpleQueue()
         waits: dict[str, int] = {}  # `done` events to come of each request
         offsets: dict[str, int] = {}

@@ -505,6 +505,15 @@ def test_an_engine_that_hangs_is_ended_at_the_deadline() -> None:
     assert not alive(hung)
 
 
+def test_an_engine_is_not_ended_for_a_request_that_comes_too_late() -> None:
+    post({"prompt": "a", "n_predict": 1})
+    asked = the_engine()
+    error = invoke({"prompt": "a"}, remaining_ms=0)["error"]
+    assert (error["status"], error["code"]) == (503, "too_late")
+    assert post({"prompt": "a", "n_predict": 1})[0] == 200
+    assert the_engine() == asked
+
+
 @pytest.mark.parametrize(
     ("environment", "code", "says"),
     [
