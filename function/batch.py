@@ -37,6 +37,7 @@ MAX_CUSTOM_ID_BYTES = 512
 MAX_JOB_BYTES = 80  # a name of Step Functions' executions
 RESERVE_S = 5.0  # before the function's timeout, to write what is done
 RESERVE_SHARE = 0.1  # of the time there is, at most
+ENOUGH_SHARE = 0.5  # of the time for generation: an item that is cut after less is computed again
 OVERLOADED_WAIT_S = 0.05
 WRITE_TRIES = 5  # against others that write the same results
 CONNECT_TIMEOUT_S = 5
@@ -51,7 +52,7 @@ class BatchError(Exception):
 
 
 class UnfinishedError(BatchError):
-    """The time was over before anything was done."""
+    """The time was over before anything was done that could be kept."""
 
 
 def is_map_batch(event: object) -> bool:
@@ -155,7 +156,8 @@ class Batches:
     ) -> tuple[dict[int, Result], BatchError | None]:
         """The results by index, and what keeps the rest from being computed, if it is not the time."""
         left_s = deadline - time.monotonic()
-        run = _Run(self._api, request_id, deadline - min(RESERVE_S, left_s * RESERVE_SHARE))
+        reserve_s = min(RESERVE_S, left_s * RESERVE_SHARE)
+        run = _Run(self._api, request_id, deadline - reserve_s, self._settings.deadline_margin_ms / 1e3)
         run.all(items, threads=self._settings.queue_limit + 1)
         # An engine that died took all with it that it computed. Who did it, does it again alone.
         run.all(list(run.suspects.values()), threads=1, alone=True)
@@ -163,20 +165,22 @@ class Batches:
             return run.finished, run.failure
         if run.cut:  # each of them takes longer than there is time, so this is all there will be
             return run.cut, run.failure
-        return {}, run.failure or UnfinishedError("the time was over before any item was computed")
+        return {}, run.failure or UnfinishedError("the time was over before any item had enough of it")
 
 
 class _Run:
     """The items of one invocation on their way."""
 
-    def __init__(self, api: Api, request_id: str, deadline: float) -> None:
+    def __init__(self, api: Api, request_id: str, deadline: float, margin_s: float) -> None:
         self._api = api
         self._request_id = request_id
         self._deadline = deadline
+        self._cut_at = deadline - margin_s  # generation ends then
+        self._enough_ms = (self._cut_at - time.monotonic()) * 1e3 * ENOUGH_SHARE
         self._lock = threading.Lock()
         self._stopped = threading.Event()
         self.finished: dict[int, Result] = {}
-        self.cut: dict[int, Result] = {}  # ended by the deadline
+        self.cut: dict[int, Result] = {}  # ended by the deadline, after enough time
         self.suspects: dict[int, Item] = {}
         self.failure: BatchError | None = None
 
@@ -189,7 +193,7 @@ class _Run:
                 pass
 
     def _one(self, item: Item, alone: bool) -> None:
-        while not self._stopped.is_set() and time.monotonic() < self._deadline:
+        while not self._stopped.is_set() and time.monotonic() < self._cut_at:
             call = Call(f"{self._request_id}-{item['index']}", self._deadline)
             result = _answer(self._api, item, call)
             code = call.failure.code if call.failure else None
@@ -203,7 +207,9 @@ class _Run:
                 elif code in ("engine_hung", "model_loading", "stopping", "too_late"):
                     return  # the time is over
                 elif call.record.get("stop_type") in ("deadline", "cancelled"):
-                    self.cut[index] = result
+                    # Those that waited for others, or for the model, have little or nothing, and are not done.
+                    if call.record["prompt_ms"] + call.record["predicted_ms"] >= self._enough_ms:
+                        self.cut[index] = result
                     return
                 elif result["response"]["status_code"] < 500 or code in (
                     "engine_died",

@@ -236,6 +236,33 @@ def test_time_that_is_over_leaves_items_for_the_next_invocation(
     assert cut["response"]["body"]["stop_type"] == "deadline"
 
 
+def test_an_item_that_waited_for_others_is_not_done(
+    bucket: Any, monkeypatch: pytest.MonkeyPatch, endless_model: Path
+) -> None:
+    monkeypatch.setenv("MODEL_PATH", str(endless_model))
+    monkeypatch.setenv("CTX_SIZE", "32768")
+    monkeypatch.setenv("PARALLEL", "1")
+    monkeypatch.setenv("DEADLINE_MARGIN_MS", "50")
+    invoke(map_event([TALE], first=9))  # the engine is ready
+    endless = {"prompt": "Once", "n_predict": -1, "ignore_eos": True}
+    event = map_event([endless, endless, TALE])
+    assert [invoke(event, remaining_ms=2000)["unfinished"] for _ in range(3)] == [2, 1, 0]
+    bodies = [line["response"]["body"] for line in results(bucket)["results/job-1/000000000000-000000000002.jsonl"]]
+    assert [body["stop_type"] for body in bodies] == ["deadline", "deadline", "limit"]
+    assert all(body["tokens_predicted"] > 0 for body in bodies)
+
+
+def test_the_end_of_the_time_is_not_the_end_of_the_engine() -> None:
+    invoke(map_event([TALE], first=9999))
+    started = engines(os.getpid())
+    summary = invoke(map_event([TALE | {"n_predict": 20}] * 3000), remaining_ms=2500)
+    assert (summary["failed"], summary["succeeded"] + summary["unfinished"]) == (0, 3000)
+    assert engines(os.getpid()) == started
+    with pytest.raises(batch.UnfinishedError):  # nothing is begun that has no time
+        invoke(map_event([TALE], first=5000), remaining_ms=1000)
+    assert engines(os.getpid()) == started
+
+
 def test_without_a_model_the_invocation_fails(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("MODEL_PATH", "/nowhere/m.gguf")
     with pytest.raises(batch.BatchError, match=r"engine_start_failed: .*/nowhere/m\.gguf"):
