@@ -363,6 +363,7 @@ class _Worker:
     def __init__(self, command: list[str]) -> None:
         self.ready: Future[Event] = Future()
         self.dead = False
+        self._ending = False
         self._ids = itertools.count(1)
         self._inboxes: dict[str, SimpleQueue[Event | None]] = {}
         self._lock = threading.Lock()  # of _inboxes and dead
@@ -405,6 +406,8 @@ class _Worker:
             for name, request in zip(offsets, requests, strict=True):
                 self._send({"op": op, "id": name, **request})
             cancellation.attach(lambda: self._cancel(list(waits)))
+            if self._ending:  # cancel_all may have come before the requests did
+                self._cancel(list(waits))
             while waits:
                 try:
                     event = inbox.get(timeout=None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
@@ -436,6 +439,7 @@ class _Worker:
             self._cancel(list(waits))
 
     def cancel_all(self) -> None:
+        self._ending = True
         with self._lock:
             names = list(reversed(self._inboxes))  # those in the queue first, so that none of them begins
         self._cancel(names)

@@ -398,6 +398,18 @@ def test_a_cancellation_before_it_begins(setup: Setup, endless_model: Path) -> N
     assert json.loads(list(begin(ENDLESS, cancellation))[-1].removeprefix("data: "))["stop_type"] == "cancelled"
 
 
+def test_what_comes_after_all_was_cancelled_is_cancelled_too(setup: Setup, endless_model: Path) -> None:
+    setup(MODEL_PATH=endless_model, CTX_SIZE=32_768)
+    invoke({"prompt": PROMPT, "n_predict": 1})
+    engine = application().engine
+
+    def mask() -> Any:  # it takes a while to make one of a grammar
+        engine.cancel_all()
+
+    (done,) = engine.complete([ENDLESS], mask=mask)
+    assert done["stop_type"] == "cancelled"
+
+
 def test_requests_queue_up_to_a_limit(setup: Setup, endless_model: Path) -> None:
     setup(MODEL_PATH=endless_model, CTX_SIZE=32_768, PARALLEL=1, QUEUE_LIMIT=1)
     running = begin(ENDLESS)
