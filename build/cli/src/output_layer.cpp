@@ -21,10 +21,9 @@ constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
 // 3.5 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
 // away. docs/performance.md says what it was tried on.
 constexpr double kDeviations = 5.0, kFewColumns = 20.0;
-// Errors are not of chance where rows and vector have something in common that codes miss, as rows that are nearly the
-// same. The rows that are computed exactly show it: where one lies more than half of the bound above its estimate, the
-// bound is widened by that many times what is above.
-constexpr float kSuspicious = 0.5f, kWidening = 4.0f;
+// Errors are not of chance where rows and vector have something in common that codes miss. The best rows show it: where
+// one lies more than that part of its bound above its estimate, all bounds are widened by so many times the excess.
+constexpr float kSuspicious = 0.65f, kWidening = 4.0f;
 
 constexpr float kInfinity = std::numeric_limits<float>::infinity();
 
