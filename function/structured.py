@@ -7,11 +7,13 @@ among those. It is imported, and given the model's vocabulary, at the first requ
 from __future__ import annotations
 
 import base64
+import json
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
+from function import json_schema
 from function.schema import ApiError, Structure, invalid
 
 if TYPE_CHECKING:
@@ -87,7 +89,7 @@ class Masks:
             matcher.consume_tokens(list(tokens))
         answer = self._answer(matcher)
         if matcher.is_error():
-            raise _refusal(self._structure, matcher.get_error())
+            raise refusal(self._structure.field, matcher.get_error())
         return answer
 
     def _answer(self, matcher: LLMatcher) -> dict[str, Any]:
@@ -132,14 +134,14 @@ def _matcher(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
     try:
         grammar = _grammar(structure)
     except Exception as error:  # GBNF's converter raises what it likes, RecursionError too
-        raise _refusal(structure, str(error) or type(error).__name__) from None
+        raise refusal(structure.field, str(error) or type(error).__name__) from None
     matcher = LLMatcher(tokenizer, grammar, log_level=0, limits=_limits())
     begun = matcher.deep_copy()  # to refuse what already the first choice is too much for, before anything is computed
     begun.consume_tokens(begun.compute_ff_tokens())
     if not begun.is_stopped():
         begun.compute_bitmask()
     if begun.is_error():
-        raise _refusal(structure, begun.get_error())
+        raise refusal(structure.field, begun.get_error())
     return matcher
 
 
@@ -148,9 +150,12 @@ def _grammar(structure: Structure) -> str:
     from llguidance.gbnf_to_lark import gbnf_to_lark
 
     if structure.language == "json_schema":
-        return LLMatcher.grammar_from_json_schema(structure.text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
-    if structure.language == "gbnf" and not structure.text.lstrip().startswith("%llguidance"):  # as in llama.cpp
-        return LLMatcher.grammar_from_lark(gbnf_to_lark(structure.text))
+        text = json.dumps(json_schema.prepared(json.loads(structure.text)))
+        return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
+    if structure.language == "gbnf":
+        if not structure.text.lstrip().startswith("%llguidance"):  # as in llama.cpp
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(structure.text))
+        json_schema.check_lark(structure.text)
     return LLMatcher.grammar_from_lark(structure.text)
 
 
@@ -160,8 +165,9 @@ def _limits() -> Any:
     return LLParserLimits(verbose_errors=False)
 
 
-def _refusal(structure: Structure, reason: str) -> ApiError:
-    return invalid(f"'{structure.field}' cannot be honoured: {_short(reason)}", param=structure.field)
+def refusal(field: str, reason: str) -> ApiError:
+    """A 400 about the request's field `field`, whose structure cannot be kept to."""
+    return invalid(f"'{field}' cannot be honoured: {_short(reason)}", param=field)
 
 
 def _short(text: str) -> str:

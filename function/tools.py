@@ -15,8 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from function import json_schema
 from function.schema import ApiError, Boolean, Kind, Object, Structure, Text, check, describe, document, invalid
-from function.structured import JSON_OPTIONS
+from function.structured import JSON_OPTIONS, refusal
 
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128  # of a message
@@ -218,14 +219,22 @@ def chosen(tools: Sequence[Tool], choice: Choice | None) -> tuple[Tool, ...]:
 
 
 def structure(tools: Sequence[Tool], *, required: bool, several: bool) -> Structure:
-    """The grammar of an answer that may, or must, call one or several of `tools`."""
+    """The grammar of an answer that may, or must, call one or several of `tools`.
+
+    Raises:
+        ApiError: 400: parameters that cannot be kept to.
+    """
     lines = ["start: calls" if required else "start: TEXT? | calls"]
     if not required:
         lines.append(r"TEXT: /[^{](.|\n)*/")
     lines.append(r'calls: call ("\n" call)*' if several else "calls: call")
     lines.append("call: " + " | ".join(f"call_{index}" for index in range(len(tools))))
     for index, tool in enumerate(tools):
-        schema = json.loads(tool.parameters) | {"type": "object", "x-guidance": JSON_OPTIONS}
+        try:
+            schema = json_schema.prepared(json.loads(tool.parameters) | {"type": "object"})
+        except (ValueError, RecursionError) as error:
+            raise refusal("tools", f"{tool.name}: {error}") from None
+        schema["x-guidance"] = JSON_OPTIONS
         head, tail = json.dumps(f"{HEAD}{tool.name}{MIDDLE}"), json.dumps(TAIL)
         lines += [f"call_{index}: {head} arguments_{index} {tail}", f"arguments_{index}: %json {json.dumps(schema)}"]
     return Structure("lark", "\n".join(lines), "tools")
