@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
-from function import json_schema
+from function import gbnf, json_schema
 from function.schema import ApiError, Structure, invalid
 
 if TYPE_CHECKING:
@@ -154,7 +154,7 @@ def _grammar(structure: Structure) -> str:
         return LLMatcher.grammar_from_json_schema(text, overrides=JSON_OPTIONS)  # type: ignore[arg-type]
     if structure.language == "gbnf":
         if not structure.text.lstrip().startswith("%llguidance"):  # as in llama.cpp
-            return LLMatcher.grammar_from_lark(gbnf_to_lark(structure.text))
+            return LLMatcher.grammar_from_lark(gbnf_to_lark(gbnf.normalised(structure.text)))
         json_schema.check_lark(structure.text)
     return LLMatcher.grammar_from_lark(structure.text)
 

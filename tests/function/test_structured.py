@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 
 from function.api import Api, Call
 from function.engine import Engine
+from function.gbnf import normalised
 from function.model_store import ModelStore
 from function.schema import MAX_GRAMMAR_BYTES, ApiError, Structure
 from function.settings import Settings
@@ -164,12 +165,23 @@ LARK = '%llguidance {}\nstart: "a" | "b"'
         (LIST, "- milk\n-bread\n", False),
         ('root ::= "yes" | "no"', "no", True),
         ('root ::= "yes" | "no"', "maybe", False),
+        (r'root ::= "\u00e9\x41\"" [\u00e0-\u00ff]+ [\U0001F600-\U0001F64F]', 'éA"éà😀', True),
+        (r'root ::= [^"\\\x7F\x00-\x1F]+', "a-é", True),
+        (r'root ::= [^"\\\x7F\x00-\x1F]+', "a\x7f", False),
+        (r"root ::= [\x2d\x5ea&&~b]+", "^~&-b", True),
+        ('root ::= start "c"{0} ("b" ("c")*) {0, 0}\nstart ::= "a" .', "a\n", True),
+        ('root ::= a-b a_b aB A_B\na-b ::= "1"\na_b ::= "2"\naB ::= "3" # "4"\nA_B ::= "4"', "1234", True),
         (LARK, "b", True),
         (LARK, "c", False),
     ],
 )
 def test_what_a_grammar_lets_through(grammars: Grammars, engine: Engine, grammar: str, text: str, fits: bool) -> None:
     assert takes(grammars, engine, Structure("gbnf", grammar, "grammar"), text) == fits
+
+
+def test_rules_come_behind_those_that_they_name() -> None:
+    lines = normalised('root ::= a c\na ::= b "y"\nb ::= "x"\nc ::= c? "z"\n').split("\n")
+    assert [line for line in lines if line] == ['r2 ::= "x"', 'r1 ::= r2 "y"', "root ::= r1 r3", 'r3 ::= r3? "z"']
 
 
 MANY = {"type": "object", "properties": {f"p{number}": {"type": "null"} for number in range(500)}}
@@ -181,6 +193,12 @@ MANY = {"type": "object", "properties": {f"p{number}": {"type": "null"} for numb
         (Structure("gbnf", "root ::= [a-z", "grammar"), "Unexpected end of input"),
         (Structure("gbnf", "a ::= b", "grammar"), "Rule 'b' not found"),
         (Structure("gbnf", 'a ::= "b"', "grammar"), "No 'root' rule found"),
+        (Structure("gbnf", 'root ::= "a', "grammar"), "Unexpected end of input"),
+        (Structure("gbnf", "root ::= " + "[" * 200_000, "grammar"), "Unexpected end of input"),
+        (Structure("gbnf", "::= a", "grammar"), "Expected name"),
+        (Structure("gbnf", r'root ::= "\ud800"', "grammar"), "unexpected end of hex escape"),
+        (Structure("gbnf", 'root ::= <[100]> "a"', "grammar"), "Expected name"),
+        (Structure("gbnf", 'root ::= "a"\n' * 5001, "grammar"), "at most 5000 rules, got 5001"),
         (Structure("gbnf", "root ::= " + "(" * 100_000, "grammar"), "recursion"),
         (Structure("gbnf", "%llguidance {}\nstart: missing", "grammar"), "missing"),
         (json_schema({"type": "king"}), "Invalid type: king"),
