@@ -7,6 +7,7 @@ field that is left out has the default of `/completion`, but for the length: an 
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ MAX_ID_BYTES = 256
 COMPLETION_MAX_TOKENS = 16  # OpenAI's default for /v1/completions
 INT64_MAX = 2**63 - 1
 
+MAX_NAME_CHARACTERS = 64
+NAME_PATTERN = rf"[^\s<|\\/>]{{1,{MAX_NAME_CHARACTERS}}}"
 MAX_TOP_LOGPROBS = 20
 MAX_TEXT_LOGPROBS = 5
 MAX_BIAS = 100
@@ -49,6 +52,7 @@ MESSAGE_NEUTRAL: dict[str, tuple[object, ...]] = {
     "function_call": (),
     "refusal": (),
 }
+MESSAGE_INERT = {"parsed"}  # openai-python's own, of an answer that it has read
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,23 @@ class Role:
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
         return {"enum": list(NAMES)}
+
+
+@dataclass(frozen=True)
+class SpeakerName:
+    """The name of who speaks."""
+
+    def __call__(self, name: str, value: object) -> str:
+        """Checks `value`."""
+        text = Text(4 * MAX_NAME_CHARACTERS)(name, value)
+        if not re.fullmatch(NAME_PATTERN, text):
+            message = f"'{name}' must have 1 to {MAX_NAME_CHARACTERS} characters, no white space and none of <|\\/>"
+            raise invalid(f"{message}, got {describe(value)}", param=name)
+        return text
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {"type": "string", "pattern": f"^{NAME_PATTERN}$"}
 
 
 @dataclass(frozen=True)
@@ -119,14 +140,14 @@ class Messages:
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
-        message = schema.document(self._kinds(), ["role"], MESSAGE_NEUTRAL, ())
+        message = schema.document(self._kinds(), ["role"], MESSAGE_NEUTRAL, MESSAGE_INERT)
         return {"type": "array", "items": message, "minItems": 1, "maxItems": MAX_MESSAGES}
 
     def _kinds(self) -> dict[str, Kind]:
         return {
             "role": Role(),
             "content": Content(self.max_bytes),
-            "name": tools.FunctionName(),
+            "name": SpeakerName(),
             "tool_calls": tools.Calls(self.max_bytes),
             "tool_call_id": Text(MAX_ID_BYTES),
         }
@@ -136,7 +157,7 @@ class Messages:
         if not isinstance(value, dict):
             raise invalid(f"'{where}' must be an object, got {describe(value)}", param="messages", code="invalid_type")
         try:
-            given = schema.check(value, self._kinds(), ["role"], MESSAGE_NEUTRAL)
+            given = schema.check(value, self._kinds(), ["role"], MESSAGE_NEUTRAL, MESSAGE_INERT)
             return _rendered(given, called)
         except schema.ApiError as error:
             raise invalid(f"'{where}': {error.message}", param="messages", code=error.code) from None

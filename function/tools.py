@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128  # of a message
 MAX_DESCRIPTION_BYTES = 16_384
 MAX_NAME_CHARACTERS = 64
+CALL_INERT = {"parsed_arguments"}  # openai-python's own, of a call that it has read
 NAME_PATTERN = "^[a-zA-Z0-9_-]{1,64}$"
 
 HEAD, MIDDLE, TAIL = '{"name": "', '", "arguments": ', "}"
@@ -92,7 +93,7 @@ class Tools:
         for where, item in _items(name, value, MAX_TOOLS):
             function = _function(where, item, self._kinds(), ["name"], name)
             tool = Tool(function["name"], function.get("description", ""), function.get("parameters", NO_PARAMETERS))
-            if (kind := json.loads(tool.parameters).get("type", "object")) != "object":
+            if (kind := json.loads(tool.parameters).get("type", "object")) not in ("object", ["object"]):
                 message = f"'{where}.function.parameters.type' must be \"object\", got {describe(kind)}"
                 raise invalid(message, param=name)
             if any(tool.name == other.name for other in tools):
@@ -128,13 +129,13 @@ class Calls:
         for where, item in _items(name, value, MAX_TOOL_CALLS):
             identifier = item.get("id") if isinstance(item, dict) else None
             rest = {key: part for key, part in item.items() if key not in ("id", "index")} if identifier else item
-            function = _function(where, rest, self._kinds(), ["name", "arguments"], name)
+            function = _function(where, rest, self._kinds(), ["name", "arguments"], name, CALL_INERT)
             calls.append(Call(Text(MAX_DESCRIPTION_BYTES)(f"{where}.id", identifier or ""), **function))
         return tuple(calls)
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
-        call = _function_document(self._kinds(), ["name", "arguments"])
+        call = _function_document(self._kinds(), ["name", "arguments"], CALL_INERT)
         call["properties"] |= {"id": {"type": "string"}, "index": {"type": "integer"}}
         return {"type": "array", "items": call, "maxItems": MAX_TOOL_CALLS}
 
@@ -336,14 +337,19 @@ def _items(name: str, value: object, most: int) -> list[tuple[str, Any]]:
 
 
 def _function(
-    where: str, value: object, kinds: Mapping[str, Kind], required: Sequence[str], name: str
+    where: str,
+    value: object,
+    kinds: Mapping[str, Kind],
+    required: Sequence[str],
+    name: str,
+    inert: Collection[str] = (),
 ) -> dict[str, Any]:
     """The checked fields of the function in `{"type": "function", "function": {…}}`."""
     given: Any = value
     match given:
         case {"type": "function", "function": dict(function)} if len(given) == 2:
             try:
-                return check(function, kinds, required)
+                return check(function, kinds, required, inert=inert)
             except ApiError as error:
                 raise invalid(f"'{where}.function': {error.message}", param=name, code=error.code) from None
         case {"type": str(other)} if other != "function":
@@ -354,10 +360,12 @@ def _function(
     raise invalid(message, param=name, code="invalid_type")
 
 
-def _function_document(kinds: Mapping[str, Kind], required: Sequence[str]) -> dict[str, Any]:
+def _function_document(
+    kinds: Mapping[str, Kind], required: Sequence[str], inert: Collection[str] = ()
+) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"type": {"const": "function"}, "function": document(kinds, required)},
+        "properties": {"type": {"const": "function"}, "function": document(kinds, required, inert=inert)},
         "required": ["type", "function"],
         "additionalProperties": False,
     }

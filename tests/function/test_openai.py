@@ -166,6 +166,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"tools": [{"type": "function", "function": {"name": "f"}}] * 2}, "tools", "invalid_value"),
         ({"tools": [{"type": "function", "function": {"parameters": {}}}]}, "tools", "missing_field"),
         ({"tools": [tool({"type": "string"})]}, "tools", "invalid_value"),
+        ({"tools": [tool({"properties": {"a": {"const": 2**63}}})]}, "tools", "invalid_value"),
         ({"tools": [tool({"type": ["object", "null"]})]}, "tools", "invalid_value"),
         ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
         ({"tool_choice": {"type": "function", "function": {"name": "f"}}}, "tool_choice", "invalid_value"),
@@ -194,6 +195,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]}, "messages", "invalid_type"),
         ({"messages": [{"role": "user", "content": "x", "name": "A\nB"}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": "x", "name": "é" * 65}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages", "invalid_type"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": "é" * 1025}] * 2}, "messages", "too_long"),
@@ -491,8 +493,11 @@ def test_an_answer_in_a_shape(client: openai.OpenAI) -> None:
     answer = client.chat.completions.parse(
         model=MODEL, messages=[USER], response_format=King, max_tokens=150, temperature=1
     )
-    king = answer.choices[0].message.parsed
+    message = answer.choices[0].message
+    king = message.parsed
     assert king is not None
+    again: Any = [USER, message.model_dump(warnings=False), USER | {"name": "J.Müller@home"}]
+    assert client.chat.completions.create(model=MODEL, messages=again, max_tokens=1).choices
     assert 0 <= king.age <= 120
     (choice,) = client.chat.completions.create(
         model=MODEL, messages=[USER], response_format={"type": "json_object"}, max_tokens=8
@@ -509,10 +514,11 @@ TOOLS: Any = [
                 "properties": {"at": {"type": "string", "maxLength": 9}},
                 "required": ["at"],
                 "additionalProperties": False,
-            },
+            }
+            | kind,
         },
     }
-    for name in ("go", "sit")
+    for name, kind in (("go", {}), ("sit", {"type": ["object"]}))
 ]
 
 
@@ -531,9 +537,13 @@ def test_tools_are_called(roomy: openai.OpenAI) -> None:
     assert "".join(delta.function.arguments or "" for delta in deltas if delta.function) == call.function.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
     assert {chunk.choices[0].delta.content for chunk in chunks} == {"", None}
+    strict: Any = [tool | {"function": tool["function"] | {"strict": True}} for tool in TOOLS]
+    (called,) = roomy.chat.completions.parse(**request | {"tools": strict}, tool_choice=forced).choices
+    (call,) = called.message.tool_calls or []
+    assert call.function.parsed_arguments
     conversation = [
         USER,
-        choice.message.model_dump(exclude_none=True),
+        called.message.model_dump(exclude_none=True),
         {"role": "tool", "tool_call_id": call.id, "content": "100,000"},
     ]
     request |= {"messages": conversation, "tool_choice": "none"}
