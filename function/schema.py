@@ -11,6 +11,7 @@ from __future__ import annotations
 import codecs
 import itertools
 import json
+import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
@@ -26,6 +27,7 @@ MAX_COMPLETIONS = 128  # of one request: prompts × completions of each
 MAX_N = 16  # completions of a prompt
 MAX_N_PROBS = 100
 MAX_LOGIT_BIASES = 1024
+NUMBER = re.compile("[0-9]{1,100}")  # a longer one is no token either, but more than int() takes
 MAX_BREAKERS = 64
 MAX_BREAKER_BYTES = 40  # llama.cpp's
 MAX_GRAMMAR_BYTES = 256 * 1024
@@ -193,7 +195,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Texts:
-    """An array of at most `most` strings, none of them empty; or, where `or_one`, a string."""
+    """An array of at most `most` strings, none of them empty; or, where `or_one`, a string, which may be."""
 
     most: int = MAX_STOPS
     max_bytes: int = MAX_STOP_BYTES
@@ -202,7 +204,7 @@ class Texts:
     def __call__(self, name: str, value: object) -> tuple[str, ...]:
         """Checks `value`."""
         if self.or_one and isinstance(value, str):
-            value = [value]
+            value = [value] if value else []
         if not isinstance(value, list):
             kind = "a string or an array of strings" if self.or_one else "an array of strings"
             raise invalid(f"'{name}' must be {kind}, got {describe(value)}", param=name, code="invalid_type")
@@ -219,7 +221,7 @@ class Texts:
         """The same in JSON Schema."""
         word = Text(self.max_bytes).document() | {"minLength": 1}
         words = {"type": "array", "items": word, "maxItems": self.most}
-        return {"anyOf": [word, words]} if self.or_one else words
+        return {"anyOf": [Text(self.max_bytes).document(), words]} if self.or_one else words
 
 
 @dataclass(frozen=True)
@@ -361,9 +363,7 @@ class LogitBias:
     def __call__(self, name: str, value: object) -> tuple[Bias, ...]:
         """Checks `value`."""
         if isinstance(value, dict):
-            pairs: list[Any] = [
-                [int(key) if key.isascii() and key.isdigit() else key, bias] for key, bias in value.items()
-            ]
+            pairs: list[Any] = [[int(key) if NUMBER.fullmatch(key) else key, bias] for key, bias in value.items()]
         elif isinstance(value, list):
             pairs = value
         else:
@@ -681,10 +681,10 @@ def check(
     """
     neutral = neutral or {}
     given = {name: value for name, value in body.items() if value is not None}
-    for name in body.keys() - kinds.keys() - set(inert):
+    for name in sorted(given.keys() - kinds.keys() - set(inert)):
         if name not in neutral:
             raise invalid(f"unknown field {describe(name)}", param=_printable(name), code="unknown_field")
-        if name in given and not any(_same(given[name], value) for value in neutral[name]):
+        if not any(_same(given[name], value) for value in neutral[name]):
             accepted = " or ".join(["leave it out", *(f"send {json.dumps(value)}" for value in neutral[name])])
             message = f"'{name}' is not supported: {accepted}; got {describe(given[name])}"
             raise invalid(message, param=name, code="unsupported_field")

@@ -234,7 +234,15 @@ def test_what_stock_clients_send_is_taken(client: openai.OpenAI) -> None:
         presence_penalty=0.5,
         frequency_penalty=-0.5,
         top_p=0.9,
-        extra_body={"top_k": 10, "min_p": 0, "repeat_penalty": 1.1, "cache_prompt": False, "tools": []},
+        stop="",
+        extra_body={
+            "moderation": None,
+            "top_k": 10,
+            "min_p": 0,
+            "repeat_penalty": 1.1,
+            "cache_prompt": False,
+            "tools": [],
+        },
     )
     assert answer.choices[0].finish_reason == "length"
 

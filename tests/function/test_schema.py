@@ -180,7 +180,7 @@ def test_response_fields_are_moved_to_the_top() -> None:
 
 
 def test_null_means_left_out() -> None:
-    nulls: dict[str, Any] = dict.fromkeys(FIELDS)
+    nulls: dict[str, Any] = dict.fromkeys([*FIELDS, "unknown"])
     assert parse_completion(nulls | {"prompt": "a"}, SETTINGS) == parse_completion({"prompt": "a"}, SETTINGS)
 
 
@@ -203,6 +203,8 @@ def test_null_means_left_out() -> None:
         ("logit_bias", 5, "must be an object or an array of [token, bias], got 5"),
         ("logit_bias", [[5]], "'logit_bias[0]' must be [token, bias], got an array of 1"),
         ("logit_bias", [[5, True]], "'logit_bias[0][1]' must be a number, got true"),
+        ("logit_bias", {"1" * 5000: 1}, "'logit_bias[0][0]' must have at most 1024 bytes of UTF-8, got 5000"),
+        ("logit_bias", {"1" * 100: 1}, "'logit_bias[0][0]' must be from 0 to 2147483647"),
         ("logit_bias", [[5.5, 1]], "'logit_bias[0][0]' must be a token id, got 5.5"),
         ("logit_bias", {"5": 1e9}, "from -1e+06 to 1e+06, got 1000000000.0"),
         ("logit_bias", [[token, 1] for token in range(1025)], "at most 1024 entries, got 1025"),
@@ -277,6 +279,7 @@ def test_too_many_completions_are_refused() -> None:
 def test_an_unknown_field_is_refused_by_name() -> None:
     error = refusal({"prompt": "a", "max_tokens": 5})
     assert (error.param, error.code) == ("max_tokens", "unknown_field")
+    assert refusal({"prompt": "a", **dict.fromkeys("zyxwvuts", 1)}).param == "s"  # whatever the order
 
 
 def test_an_unknown_name_is_safe_to_send_back() -> None:
