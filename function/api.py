@@ -37,7 +37,7 @@ logger = logging.getLogger("bitnet.api")
 JSON = "application/json"
 SSE = "text/event-stream; charset=utf-8"
 JSON_TYPE = re.compile(  # curl -d says of any body that it is a form
-    r"""\s*(application/(.+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(;\s*(charset="?(utf-8|us-ascii)"?\s*)?)*""",
+    r"""\s*(application/(.+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(;\s*charset=["']?(utf-?8|us-ascii)["']?\s*|;(?!\s*charset=)[^;]*)*""",
     re.IGNORECASE,
 )
 CORS_MAX_AGE_S = 86_400

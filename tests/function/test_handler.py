@@ -126,6 +126,7 @@ def test_a_body_in_base64() -> None:
     [
         "application/json; charset=UTF-8",
         "application/json; charset=utf-8;",
+        "application/json;odata=verbose; Charset='utf8' ;x",
         "",
         " ",
         "application/x-www-form-urlencoded",
@@ -139,7 +140,8 @@ def test_content_types_that_are_taken(content_type: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "content_type", ["multipart/form-data; boundary=x", "application/xml", "application/json; charset=latin-1", "json"]
+    "content_type",
+    ["multipart/form-data; boundary=x", "application/xml", "application/json; x=y; charset=latin-1", "json"],
 )
 def test_content_types_that_are_not(content_type: str) -> None:
     status, body = post({"prompt": "a"}, headers={"content-type": content_type})
