@@ -43,7 +43,7 @@ def prepared(schema: dict[str, Any]) -> dict[str, Any]:
         ValueError: there is none: a number is too large or has too many digits. The message names keyword and value.
     """
     result = _schema(schema)
-    multiples = [Decimal(repr(value)) for value in _multiples(schema) if value > 0]
+    multiples = [Decimal(repr(value)) for value in _multiples(schema)]
     places = max(map(_places, multiples), default=0)
     if (common := math.lcm(*(int(value.scaleb(places)) for value in multiples))) > MAX_MULTIPLE:
         what = "of all 'multipleOf' the least common multiple" if len(multiples) > 1 else "'multipleOf'"
@@ -142,6 +142,8 @@ def _check_digits(key: str, value: float) -> None:
 def _multiples(value: object) -> Iterator[float]:
     if isinstance(value, dict):
         if _is_number(multiple := value.get("multipleOf")):
+            if multiple <= 0:
+                raise ValueError(f"'multipleOf' must be above 0, got {describe(multiple)}")
             yield multiple
         for inner in value.values():
             yield from _multiples(inner)

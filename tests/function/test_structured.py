@@ -214,6 +214,7 @@ MANY = {"type": "object", "properties": {f"p{number}": {"type": "null"} for numb
         (json_schema({"$ref": "#/$defs", "$defs": {"minimum": -(2**63), "maximum": -(2**63)}}), "'$defs' must have"),
         (json_schema({"$ref": "#/$defs", "$defs": {"const": {"x": -(2**63)}}}), "'x' must be at least"),
         (json_schema({"type": "integer", "multipleOf": 20_000_003}), "'multipleOf' must be at most 65535"),
+        (json_schema({"type": "integer", "multipleOf": -(2**31)}), "'multipleOf' must be above 0, got -2147483648"),
         (json_schema({"$ref": "#/const", "const": {"type": "integer", "multipleOf": 65_537}}), "got 65537"),
         (json_schema({"allOf": [{"type": "number", "multipleOf": 0.997}, {"multipleOf": 0.0083}]}), "got 82751"),
         (Structure("gbnf", f'%llguidance {{}}\nstart: %json\t{{"const": {-(2**63)}}}', "grammar"), "'const'"),
