@@ -497,8 +497,10 @@ def _statistics(done: Sequence[Event], n: int, call: Call) -> dict[str, Any]:
         "first_token_ms": first_token_ms,
         "predicted_ms": sum(predicted_ms),
     }
+    stop_types = [event["stop_type"] for event in done]
+    cut = [kind for kind in stop_types if kind in ("deadline", "cancelled")]  # of one is as good as of all
     return {name: round(value, 1) for name, value in times.items()} | {
-        "stop_type": done[0]["stop_type"],
+        "stop_type": (cut or stop_types)[0],
         "tokens_predicted": sum(event["tokens_predicted"] for event in done),
         "tokens_evaluated": sum(event["tokens_evaluated"] for event in prompts),
         "tokens_cached": sum(event["tokens_cached"] for event in prompts),

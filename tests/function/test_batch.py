@@ -252,6 +252,16 @@ def test_an_item_that_waited_for_others_is_not_done(
     assert all(body["tokens_predicted"] > 0 for body in bodies)
 
 
+def test_an_item_of_which_one_completion_is_cut_is_not_done(
+    monkeypatch: pytest.MonkeyPatch, endless_model: Path
+) -> None:
+    monkeypatch.setenv("MODEL_PATH", str(endless_model))
+    monkeypatch.setenv("CTX_SIZE", "32768")
+    prompts = ["Once upon a time", "The wolf"]  # the first comes to its stop at once
+    several = {"prompt": prompts, "n_predict": -1, "ignore_eos": True, "temperature": 0, "stop": ["there lived a king"]}
+    assert invoke(map_event([several, TALE]), remaining_ms=3000)["unfinished"] == 1
+
+
 def test_the_end_of_the_time_is_not_the_end_of_the_engine() -> None:
     invoke(map_event([TALE], first=9999))
     started = engines(os.getpid())
