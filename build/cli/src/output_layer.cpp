@@ -140,13 +140,12 @@ void OutputLayer::prepare(size_t which, size_t place) {
 void OutputLayer::estimate(size_t which) {
   const size_t rows = model_.n_sketched();
   if (which >= first_estimated_ && which < first_estimated_ + n_estimated_ && rows == rows_estimated_) return;
-  const OutputSketch& sketch = model_.output_sketch();
-  const OutputSketch::Plane& plane = sketch.planes[0];
+  const OutputSketch::Plane& plane = model_.output_sketch().planes[0];
   first_estimated_ = which;
   rows_estimated_ = rows;
   n_estimated_ = std::min(kEstimatedTogether, n_ - which);
   for (size_t i = 0; i < n_estimated_; i++) prepare(which + i, i);
-  bounds_.resize(2 * kEstimatedTogether * n_vocab_);
+  estimates_.resize(kEstimatedTogether * n_vocab_);
   const size_t n_pieces = ceil_div(rows, kRowsPerPiece);
   peaks_.resize(kEstimatedTogether * n_pieces);
   pool_.for_each(n_pieces, [&](size_t piece, size_t thread) {
@@ -156,11 +155,8 @@ void OutputLayer::estimate(size_t which) {
     for (size_t place = 0; place < n_estimated_; place++, sums += kRowsPerPiece) {
       const Query& q = queries_[place];
       float* estimated = estimates(place) + first;
-      float* most = highest(place) + first;
-      for (size_t i = 0; i < n; i++) {
+      for (size_t i = 0; i < n; i++)
         estimated[i] = q.offset + q.unit * plane.steps[first + i] * (static_cast<float>(sums[i]) - q.centre);
-        most[i] = estimated[i] + q.per_error * plane.errors[first + i] + q.per_norm * sketch.norms[first + i];
-      }
       peaks_[place * n_pieces + piece] = peak_of({estimated, n});
     }
   });
@@ -296,18 +292,14 @@ std::vector<Candidate> OutputLayer::search(size_t which, size_t k, std::span<con
   sort_best(out, k);
   const float least = out.size() < k ? -kInfinity : out.back().logit;
 
-  const float* most = highest(place);
   pool_.for_each(ceil_div(rows, kEstimatesPerPiece), [&](size_t piece, size_t thread) {
     // Those that are left, plane after plane. NaN, of wrong weights, stays: it is not known to be small.
     Scratch& scratch = scratch_[thread];
     Estimates& left = scratch.left;
     const size_t begin = piece * kEstimatesPerPiece, n_rows = std::min(kEstimatesPerPiece, rows - begin);
-    const float* bounds = most + begin;
-    if (widening > 1.0f) {
-      for (size_t i = 0; i < n_rows; i++) left.values[i] = estimated[begin + i] + widening * slack(place, 0, begin + i);
-      bounds = left.values.data();
-    }
-    const size_t n = kernels_.find_not_below(bounds, n_rows, least, left.rows.data());
+    for (size_t i = 0; i < n_rows; i++)  // how large they may be
+      left.values[i] = estimated[begin + i] + widening * slack(place, 0, begin + i);
+    const size_t n = kernels_.find_not_below(left.values.data(), n_rows, least, left.rows.data());
     left.n = 0;
     for (size_t i = 0; i < n; i++) {
       const size_t row = begin + left.rows[i];

@@ -84,8 +84,7 @@ class OutputLayer {
   };
 
   const float* output(size_t which) const { return &outputs_[which * dim_]; }
-  float* estimates(size_t place) { return &bounds_[2 * place * n_vocab_]; }      // (n_vocab)
-  float* highest(size_t place) { return &bounds_[(2 * place + 1) * n_vocab_]; }  // (n_vocab)
+  float* estimates(size_t place) { return &estimates_[place * n_vocab_]; }  // (n_vocab)
   Activations values(size_t place, size_t n) const { return {&values_[place * dim_], &sums_[place], n}; }
   void multiply(const float* x, size_t n, size_t first_row, float* out) const;
   std::vector<Candidate> best_without_sketch(size_t which, size_t k, std::span<const uint64_t> allowed);
@@ -112,7 +111,7 @@ class OutputLayer {
   std::vector<float> scaled_;                     // (dim)
   std::vector<int8_t> values_;                    // (kEstimatedTogether, dim): outputs, scaled and quantised
   std::array<int32_t, kEstimatedTogether> sums_;  // of them
-  std::vector<float> bounds_;                     // (kEstimatedTogether, 2, n_vocab)
+  std::vector<float> estimates_;                  // (kEstimatedTogether, n_vocab)
   std::vector<float> peaks_;                      // (kEstimatedTogether, pieces): the best estimate of each piece
   std::vector<float> logits_;                     // of rows that are not sketched yet
   std::vector<Scratch> scratch_;                  // a thread each
