@@ -30,7 +30,8 @@ def normalised(grammar: str) -> str:
     if len(begins) > MAX_RULES:
         raise ValueError(f"a grammar must have at most {MAX_RULES} rules, got {len(begins)}")
     names = {tokens[begin]: f"r{number}" for number, begin in enumerate(begins)}
-    names |= {name: name for name in names if name == "root"}
+    if "root" in names:
+        names["root"] = "root"
     rules: dict[str, str] = {}
     named: dict[str, list[str]] = {}
     for begin, end in zip(begins, [*begins[1:], len(tokens)], strict=True):

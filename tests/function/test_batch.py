@@ -216,12 +216,16 @@ def test_the_same_event_again_computes_nothing(bucket: Any) -> None:
     assert (completions(), results(bucket)) == (before, lines)
 
 
-def test_time_that_is_over_leaves_items_for_the_next_invocation(
-    bucket: Any, monkeypatch: pytest.MonkeyPatch, endless_model: Path
-) -> None:
+@pytest.fixture
+def endless(monkeypatch: pytest.MonkeyPatch, endless_model: Path) -> None:
+    """Items without an end are computed until their time is over."""
     monkeypatch.setenv("MODEL_PATH", str(endless_model))
     monkeypatch.setenv("CTX_SIZE", "32768")
     monkeypatch.setenv("DEADLINE_MARGIN_MS", "50")
+
+
+@pytest.mark.usefixtures("endless")
+def test_time_that_is_over_leaves_items_for_the_next_invocation(bucket: Any) -> None:
     invoke(map_event([TALE], first=9))  # the engine is ready
     event = map_event([TALE, {"prompt": "Once", "n_predict": -1, "ignore_eos": True, "temperature": 0}])
     first = invoke(event, remaining_ms=4000)
@@ -236,27 +240,20 @@ def test_time_that_is_over_leaves_items_for_the_next_invocation(
     assert cut["response"]["body"]["stop_type"] == "deadline"
 
 
-def test_an_item_that_waited_for_others_is_not_done(
-    bucket: Any, monkeypatch: pytest.MonkeyPatch, endless_model: Path
-) -> None:
-    monkeypatch.setenv("MODEL_PATH", str(endless_model))
-    monkeypatch.setenv("CTX_SIZE", "32768")
+@pytest.mark.usefixtures("endless")
+def test_an_item_that_waited_for_others_is_not_done(bucket: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PARALLEL", "1")
-    monkeypatch.setenv("DEADLINE_MARGIN_MS", "50")
     invoke(map_event([TALE], first=9))  # the engine is ready
-    endless = {"prompt": "Once", "n_predict": -1, "ignore_eos": True}
-    event = map_event([endless, endless, TALE])
+    long = {"prompt": "Once", "n_predict": -1, "ignore_eos": True}
+    event = map_event([long, long, TALE])
     assert [invoke(event, remaining_ms=2000)["unfinished"] for _ in range(3)] == [2, 1, 0]
     bodies = [line["response"]["body"] for line in results(bucket)["results/job-1/000000000000-000000000002.jsonl"]]
     assert [body["stop_type"] for body in bodies] == ["deadline", "deadline", "limit"]
     assert all(body["tokens_predicted"] > 0 for body in bodies)
 
 
-def test_an_item_of_which_one_completion_is_cut_is_not_done(
-    monkeypatch: pytest.MonkeyPatch, endless_model: Path
-) -> None:
-    monkeypatch.setenv("MODEL_PATH", str(endless_model))
-    monkeypatch.setenv("CTX_SIZE", "32768")
+@pytest.mark.usefixtures("endless")
+def test_an_item_of_which_one_completion_is_cut_is_not_done() -> None:
     prompts = ["Once upon a time", "The wolf"]  # the first comes to its stop at once
     several = {"prompt": prompts, "n_predict": -1, "ignore_eos": True, "temperature": 0, "stop": ["there lived a king"]}
     assert invoke(map_event([several, TALE]), remaining_ms=3000)["unfinished"] == 1
