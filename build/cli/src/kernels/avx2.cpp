@@ -6,6 +6,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstdlib>
+#include <cstring>
 
 #include "columns.h"
 #include "half.h"
@@ -152,9 +153,10 @@ void ternary_matmul(const TernaryRows& w, const Activations& x, int32_t* out, si
 // Uses its base3().
 #include "pack_trits.h"
 
-inline NonZero find_nonzero(const int8_t* x, ColumnRun run) {
+// The first of a run, and no more once there are `most`.
+inline NonZero find_nonzero(const int8_t* x, ColumnRun run, size_t most = kMaxColumns) {
   NonZero out;
-  for (size_t i = run.first; i < run.first + run.n; i += 32) {
+  for (size_t i = run.first; i < run.first + run.n && out.n < most; i += 32) {
     const __m256i zeros = _mm256_cmpeq_epi8(load256(x + i), _mm256_setzero_si256());
     for (uint32_t mask = ~static_cast<uint32_t>(_mm256_movemask_epi8(zeros)); mask != 0; mask &= mask - 1) {
       const size_t column = i + static_cast<size_t>(std::countr_zero(mask));
@@ -166,102 +168,153 @@ inline NonZero find_nonzero(const int8_t* x, ColumnRun run) {
 }
 
 // Columns in pairs with a table each, of what the two can give: entry 4 a + b is (a − 1) x₀ + (b − 1) x₁. Pairs whose
-// sums fit in bytes together are blocks; the first of each has kBias in its table. Activations larger than kLargest are
-// several.
+// sums fit in bytes together are blocks, of a few at most; the first of each has kBias in its table. Activations larger
+// than kLargest are several.
 class ColumnPairs {
  public:
   static constexpr int kBias = 128, kLargest = 63;  // of bytes: two of the largest are less than the bias
+  static constexpr size_t kMaxBlock = 8;            // pairs
+  static constexpr size_t kAhead = 24;              // columns: 15 kB of 2,560 rows, of an L1 cache's 32 or 48
 
-  ColumnPairs(const TernaryColumns& w, const NonZero& x) {
+  struct Block {
+    const uint8_t* const* columns;  // two a pair, and what follows them
+    const int8_t (*tables)[16];
+    size_t n_pairs;
+  };
+
+  ColumnPairs(const TernaryColumns& w, const NonZero& x, const NonZero& next) {
+    const size_t column_bytes = w.column_bytes();
+    const auto column = [&](uint32_t i) { return w.data + i * column_bytes; };
     size_t n = 0;
     for (size_t i = 0; i < x.n; i++)
       for (int left = x.values[i]; left != 0; n++) {
         const int part = std::clamp(left, -kLargest, kLargest);
-        data_[n] = w.data + x.columns[i] * w.column_bytes();
+        columns_[n] = column(x.columns[i]);
         values_[n] = static_cast<int8_t>(part);
         left -= part;
       }
     if (n % 2 != 0) {
-      data_[n] = data_[0];
+      columns_[n] = columns_[0];
       values_[n++] = 0;
     }
+    for (size_t i = 0; i < kAhead; i++) columns_[n + i] = i < next.n ? column(next.columns[i]) : columns_[0];
+    const size_t n_pairs = n / 2;
     int sizes = kBias;  // Σ |x| of the block
-    for (n_pairs = 0; n_pairs < n / 2; n_pairs++) {
-      const int8_t first = values_[2 * n_pairs], second = values_[2 * n_pairs + 1];
+    for (size_t pair = 0; pair < n_pairs; pair++) {
+      const int8_t first = values_[2 * pair], second = values_[2 * pair + 1];
       const int size = std::abs(first) + std::abs(second);
-      const bool begins = sizes + size >= kBias;
-      if (begins) begins_[n_blocks++] = static_cast<uint16_t>(n_pairs);
+      const bool begins = sizes + size >= kBias || pair == begins_[n_blocks - 1] + kMaxBlock;
+      if (begins) begins_[n_blocks++] = static_cast<uint16_t>(pair);
       sizes = begins ? size : sizes + size;
       const __m128i a = _mm_sign_epi8(_mm_set1_epi8(first), _mm_setr_epi32(-1, 0, 0x01010101, 0x01010101));
       const __m128i b = _mm_sign_epi8(_mm_set1_epi8(second), _mm_set1_epi32(0x010100ff));
       const __m128i bias = _mm_set1_epi8(static_cast<char>(begins ? kBias : 0));
-      _mm_store_si128(reinterpret_cast<__m128i*>(tables_[n_pairs]), _mm_add_epi8(_mm_add_epi8(a, b), bias));
+      _mm_store_si128(reinterpret_cast<__m128i*>(tables_[pair]), _mm_add_epi8(_mm_add_epi8(a, b), bias));
     }
     begins_[n_blocks] = static_cast<uint16_t>(n_pairs);
   }
 
-  size_t n_pairs = 0, n_blocks = 0;
-  size_t begin(size_t block) const { return begins_[block]; }
-  const uint8_t* data(size_t pair, size_t i) const { return data_[2 * pair + i]; }
-  __m256i table(size_t pair) const {
-    return _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(tables_[pair])));
+  size_t n_blocks = 0;
+  Block block(size_t i) const {
+    const size_t begin = begins_[i];
+    return {columns_ + 2 * begin, tables_ + begin, begins_[i + 1] - begin};
   }
 
  private:
   static constexpr size_t kMost = 3 * kMaxColumns + 1;
   alignas(16) int8_t tables_[kMost / 2][16];
-  const uint8_t* data_[kMost];
+  const uint8_t* columns_[kMost + kAhead];
   int8_t values_[kMost];
   uint16_t begins_[kMost / 2 + 1];
 };
 
-// A byte has four codes of a column, so a pair's bytes are brought together to nibbles that are numbers of their table.
-// As in wide_lut.h a block's sums, which are bytes, are added as pairs, and the upper ones of these by themselves.
-void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
-  const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next);
-  const ColumnPairs pairs(w, now);
-  ColumnsAhead ahead(w, later, w.column_bytes() / 32 * pairs.n_pairs);
+// Bytes of the columns, four planes of rows in each: 16-bit sums of pairs of bytes, and of their upper ones alone, as
+// in wide_lut.h.
+struct PlaneSums {
+  __m256i both[4], upper[4];
+};
+
+// Adds a block of so many pairs, bytes from `first` on, and asks for the columns that follow. No loop depends on how
+// long a block is: a processor would guess wrong at the end of most.
+template <int kPairs>
+void add_block(const ColumnPairs::Block& block, size_t first, size_t bytes, PlaneSums* sums) {
   const __m256i nibble = _mm256_set1_epi8(15);
-  const __m256i biases = _mm256_set1_epi16(static_cast<short>(ColumnPairs::kBias * pairs.n_blocks));
-  for (size_t at = 0; at < w.column_bytes(); at += 32) {
-    __m256i both[4], upper[4];  // of the planes of codes
-    for (int p = 0; p < 4; p++) both[p] = upper[p] = _mm256_setzero_si256();
-    for (size_t block = 0; block < pairs.n_blocks; block++) {
-      __m256i acc[4];
-      for (__m256i& a : acc) a = _mm256_setzero_si256();
-      for (size_t i = pairs.begin(block); i < pairs.begin(block + 1); i++) {
-        ahead.step();
-        const __m256i a = load256(pairs.data(i, 0) + at), b = load256(pairs.data(i, 1) + at), table = pairs.table(i);
-        const __m256i even = even_planes(a, b), odd = odd_planes(a, b);
-        const auto add = [&](__m256i& sum, __m256i number) {
-          sum = _mm256_add_epi8(sum, _mm256_shuffle_epi8(table, _mm256_and_si256(number, nibble)));
-        };
-        add(acc[0], _mm256_srli_epi16(even, 4));
-        add(acc[1], _mm256_srli_epi16(odd, 4));
-        add(acc[2], even);
-        add(acc[3], odd);
-      }
-      for (int p = 0; p < 4; p++) {
-        both[p] = _mm256_add_epi16(both[p], acc[p]);
-        upper[p] = _mm256_add_epi16(upper[p], _mm256_srli_epi16(acc[p], 8));
-      }
-    }
-    int32_t* to = sums + at / kColumnUnit * (4 * kColumnUnit) + at % kColumnUnit;
-    for (int p = 0; p < 4; p++, to += kColumnUnit) {
-      const __m256i odd = _mm256_sub_epi16(upper[p], biases);
-      const __m256i even = _mm256_sub_epi16(_mm256_sub_epi16(both[p], _mm256_slli_epi16(upper[p], 8)), biases);
-      const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
-      const auto put = [&](int32_t* rows, __m128i eight) {
-        __m256i* out = reinterpret_cast<__m256i*>(rows);
-        _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), _mm256_cvtepi16_epi32(eight)));
+  for (size_t at = first; at < first + bytes; at += 32, sums++) {
+    if (at % kColumnUnit == 0)
+      for (int i = 0; i < 2 * kPairs; i++)
+        prefetch_line(block.columns[ColumnPairs::kAhead + static_cast<size_t>(i)] + at);
+    __m256i acc[4];
+#pragma GCC unroll 8
+    for (int i = 0; i < kPairs; i++) {
+      // A byte has four codes of a column, so a pair's bytes are brought together to nibbles that are numbers of their
+      // table.
+      const __m256i a = load256(block.columns[2 * i] + at), b = load256(block.columns[2 * i + 1] + at);
+      const __m256i even = even_planes(a, b), odd = odd_planes(a, b);
+      const __m256i table =
+          _mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(block.tables[i])));
+      const auto add = [&](__m256i& sum, __m256i number) {
+        const __m256i found = _mm256_shuffle_epi8(table, _mm256_and_si256(number, nibble));
+        sum = i == 0 ? found : _mm256_add_epi8(sum, found);
       };
-      put(to, _mm256_castsi256_si128(low));
-      put(to + 8, _mm256_castsi256_si128(high));
-      put(to + 16, _mm256_extracti128_si256(low, 1));
-      put(to + 24, _mm256_extracti128_si256(high, 1));
+      add(acc[0], _mm256_srli_epi16(even, 4));
+      add(acc[1], _mm256_srli_epi16(odd, 4));
+      add(acc[2], even);
+      add(acc[3], odd);
+    }
+    for (int p = 0; p < 4; p++) {
+      sums->both[p] = _mm256_add_epi16(sums->both[p], acc[p]);
+      sums->upper[p] = _mm256_add_epi16(sums->upper[p], _mm256_srli_epi16(acc[p], 8));
     }
   }
-  ahead.finish();
+}
+
+constexpr void (*kAddBlock[ColumnPairs::kMaxBlock])(const ColumnPairs::Block&, size_t, size_t, PlaneSums*) = {
+    add_block<1>, add_block<2>, add_block<3>, add_block<4>, add_block<5>, add_block<6>, add_block<7>, add_block<8>};
+
+// The sums of 32 bytes, in which the bias is so many times → those of their rows.
+inline void add_planes(const PlaneSums& found, size_t n_blocks, int32_t* sums) {
+  const __m256i biases = _mm256_set1_epi16(static_cast<short>(ColumnPairs::kBias * n_blocks));
+  for (int p = 0; p < 4; p++, sums += kColumnUnit) {
+    const __m256i odd = _mm256_sub_epi16(found.upper[p], biases);
+    const __m256i even =
+        _mm256_sub_epi16(_mm256_sub_epi16(found.both[p], _mm256_slli_epi16(found.upper[p], 8)), biases);
+    const __m256i low = _mm256_unpacklo_epi16(even, odd), high = _mm256_unpackhi_epi16(even, odd);
+    const auto put = [&](int32_t* rows, __m128i eight) {
+      __m256i* out = reinterpret_cast<__m256i*>(rows);
+      _mm256_storeu_si256(out, _mm256_add_epi32(_mm256_loadu_si256(out), _mm256_cvtepi16_epi32(eight)));
+    };
+    put(sums, _mm256_castsi256_si128(low));
+    put(sums + 8, _mm256_castsi256_si128(high));
+    put(sums + 16, _mm256_extracti128_si256(low, 1));
+    put(sums + 24, _mm256_extracti128_si256(high, 1));
+  }
+}
+
+// Block after block, a few kB that stay in the first-level cache; the first columns of the next run are asked for with
+// the last of this one.
+void add_columns(const TernaryColumns& w, const int8_t* x, ColumnRun here, ColumnRun next, int32_t* sums) {
+  constexpr size_t kBytesAtOnce = 1024;  // of a column
+  const NonZero now = find_nonzero(x, here), later = find_nonzero(x, next, ColumnPairs::kAhead);
+  const size_t column_bytes = w.column_bytes();
+  if (now.n == 0) {
+    for (size_t i = 0; i < std::min(later.n, ColumnPairs::kAhead); i++)
+      for (size_t at = 0; at < column_bytes; at += kColumnUnit)
+        prefetch_line(w.data + later.columns[i] * column_bytes + at);
+    return;
+  }
+  const ColumnPairs pairs(w, now, later);
+  for (size_t first = 0; first < column_bytes; first += kBytesAtOnce) {
+    const size_t bytes = std::min(kBytesAtOnce, column_bytes - first);
+    PlaneSums found[kBytesAtOnce / 32];
+    std::memset(found, 0, bytes / 32 * sizeof(PlaneSums));
+    for (size_t i = 0; i < pairs.n_blocks; i++) {
+      const ColumnPairs::Block block = pairs.block(i);
+      kAddBlock[block.n_pairs - 1](block, first, bytes, found);
+    }
+    for (size_t at = first; at < first + bytes; at += 32)
+      add_planes(found[(at - first) / 32], pairs.n_blocks,
+                 sums + at / kColumnUnit * (4 * kColumnUnit) + at % kColumnUnit);
+  }
 }
 
 }  // namespace avx2
