@@ -10,6 +10,8 @@ OUT := build/out
 CMAKE_DIR := $(OUT)/cmake
 BIN := .venv/bin
 JOBS ?= $(shell nproc)
+# Of pytest: more would hold up tests that watch the clock.
+TEST_WORKERS ?= 2
 CPP_FILES := $(shell find build/cli -name '*.cpp' -o -name '*.h')
 
 CHECKPOINT ?= $(OUT)/demo-checkpoint
@@ -42,7 +44,7 @@ test: setup-test ## all tests: the engine's (ctest), then the function's and the
 	@cmake -S build/cli -B $(CMAKE_DIR) -DBUILD_TESTING=ON >/dev/null
 	@cmake --build $(CMAKE_DIR) --parallel $(JOBS)
 	@ctest --test-dir $(CMAKE_DIR) --output-on-failure --no-tests=error
-	@$(BIN)/python -m pytest $(PYTEST_ARGS)
+	@$(BIN)/python -m pytest -n $(TEST_WORKERS) --dist loadscope $(PYTEST_ARGS)
 
 .PHONY: check
 check: setup-test ## formats, lint, types, and no warning from the compiler; changes nothing

@@ -233,7 +233,7 @@ def test_time_that_is_over_leaves_items_for_the_next_invocation(bucket: Any) -> 
     lines = results(bucket)["results/job-1/000000000000-000000000001.jsonl"]
     assert [line["index"] for line in lines] == [0]
     # Alone it has all the time there is, and so it has what came of it.
-    second = invoke(event, remaining_ms=1500)
+    second = invoke(event, remaining_ms=3000)
     assert (second["succeeded"], second["unfinished"]) == (2, 0)
     again, cut = results(bucket)["results/job-1/000000000000-000000000001.jsonl"]
     assert [again] == lines
@@ -246,7 +246,7 @@ def test_an_item_that_waited_for_others_is_not_done(bucket: Any, monkeypatch: py
     invoke(map_event([TALE], first=9))  # the engine is ready
     long = {"prompt": "Once", "n_predict": -1, "ignore_eos": True}
     event = map_event([long, long, TALE])
-    assert [invoke(event, remaining_ms=2000)["unfinished"] for _ in range(3)] == [2, 1, 0]
+    assert [invoke(event, remaining_ms=4000)["unfinished"] for _ in range(3)] == [2, 1, 0]
     bodies = [line["response"]["body"] for line in results(bucket)["results/job-1/000000000000-000000000002.jsonl"]]
     assert [body["stop_type"] for body in bodies] == ["deadline", "deadline", "limit"]
     assert all(body["tokens_predicted"] > 0 for body in bodies)

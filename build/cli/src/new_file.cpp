@@ -36,8 +36,8 @@ NewFile::NewFile(std::string path, std::string temporary, std::string called, mo
 }
 
 NewFile::~NewFile() {
+  if (!finished_) unlink(temporary_.c_str());  // while it is open, and so locked
   if (fd_ >= 0) close(fd_);
-  if (!finished_) unlink(temporary_.c_str());
 }
 
 void NewFile::write(const void* data, size_t n, uint64_t offset) {
@@ -59,9 +59,13 @@ void NewFile::append(const void* data, size_t n) {
 
 void NewFile::finish(bool durable) {
   if (durable && fsync(fd_) != 0) fail_errno();
-  if (close(std::exchange(fd_, -1)) != 0) fail_errno();
-  if (rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno();
+  if (rename(temporary_.c_str(), path_.c_str()) != 0) fail_errno();  // while it is open, and so locked
   finished_ = true;
+  if (close(std::exchange(fd_, -1)) == 0) return;
+  const int error = errno;
+  unlink(path_.c_str());
+  errno = error;
+  fail_errno();
 }
 
 void NewFile::fail(const std::string& why) const {

@@ -65,7 +65,7 @@ TEST_CASE("the same bits for every instruction set, thread count and batch size"
       if (!supported(isa)) continue;
       for (const size_t n_threads : {1, 2, 3, 5})
         for (const size_t batch_size : {1, 2, 3, 4, 7, 16, 31, 32, 33, 64, 128}) {
-          if (isa == Isa::kScalar && (n_threads > 2 || batch_size % 3 != 1)) continue;  // slow, and the same code
+          if (isa == Isa::kScalar && (n_threads != 2 || (batch_size != 7 && batch_size != 64))) continue;  // slow
           CAPTURE(name_of(isa));
           CAPTURE(n_threads);
           CAPTURE(batch_size);
@@ -116,7 +116,7 @@ TEST_CASE("far back: attention cut up for one token gives the bits of a batch") 
   for (const Isa isa : kIsas)
     for (const size_t n_threads : {1, 2, 5})
       for (const size_t n_alone : {0, 3}) {  // the last tokens one by one, or all in batches
-        if (!supported(isa) || (isa == Isa::kScalar && n_threads != 2)) continue;
+        if (!supported(isa) || (isa == Isa::kScalar && (n_threads != 2 || n_alone > 0))) continue;  // slow
         EngineOptions o = options(isa, n_threads, 128);
         o.model_path = path;
         Engine engine(o);
