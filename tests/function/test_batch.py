@@ -221,7 +221,6 @@ def endless(monkeypatch: pytest.MonkeyPatch, endless_model: Path) -> None:
     """Items without an end are computed until their time is over."""
     monkeypatch.setenv("MODEL_PATH", str(endless_model))
     monkeypatch.setenv("CTX_SIZE", "32768")
-    monkeypatch.setenv("DEADLINE_MARGIN_MS", "50")
 
 
 @pytest.mark.usefixtures("endless")
@@ -256,7 +255,7 @@ def test_an_item_that_waited_for_others_is_not_done(bucket: Any, monkeypatch: py
 def test_an_item_of_which_one_completion_is_cut_is_not_done() -> None:
     prompts = ["Once upon a time", "The wolf"]  # the first comes to its stop at once
     several = {"prompt": prompts, "n_predict": -1, "ignore_eos": True, "temperature": 0, "stop": ["there lived a king"]}
-    assert invoke(map_event([several, TALE]), remaining_ms=3000)["unfinished"] == 1
+    assert invoke(map_event([several, TALE]), remaining_ms=4000)["unfinished"] == 1
 
 
 def test_the_end_of_the_time_is_not_the_end_of_the_engine() -> None:

@@ -17,7 +17,8 @@ void by_one_token(const TernaryRows& w, const int8_t* x, int32_t sum, int32_t* o
   for (; r < w.rows; r++, row += stride) out[r] = product(one_row<true>(row, n_blocks, x), sum);
 }
 
-// Of each four lines the first two are asked for some rows earlier than the others: see ColumnsAhead.
+// Of each four lines the first two are asked for some rows earlier than the others: see ColumnsAhead in
+// columns_avx512.h.
 void ternary_select(const TernaryRows& w, const uint32_t* rows, size_t n, const Activations& x, int32_t* out) {
   constexpr size_t kAhead = 12, kLag = 6, kLine = 64;  // rows, rows, bytes
   const size_t stride = w.cols / 4;
