@@ -135,9 +135,27 @@ void store_value(const float* value, std::byte* values, CacheType type, size_t p
   }
 }
 
-// Attention asks for a line of what is read some time later with each line that it reads, so that memory is never idle.
 // Not by prefetch_line(), for GCC moves nothing past assembly: a prompt would take 6 % longer.
+constexpr size_t kLine = 64;
 inline void fetch_line(const void* p) { __builtin_prefetch(p, 0, 3); }
+
+// Attention asks for a line of what is read some time later with each line's worth that it computes with, so that
+// memory is never idle; one line after another, in whatever order they are computed with, for memory gives a stream
+// faster.
+class Upcoming {
+ public:
+  explicit Upcoming(const std::byte* bytes) : bytes_(bytes) {}
+  template <size_t kBytes>  // a divisor or a multiple of a line
+  void computed() {
+    if (asked_ % kLine == 0)
+      for (size_t line = 0; line < kBytes; line += kLine) fetch_line(bytes_ + asked_ + line);
+    asked_ += kBytes;
+  }
+
+ private:
+  const std::byte* bytes_;
+  size_t asked_ = 0;
+};
 
 // What is read after the chunk; its own keys where that is not known, which costs less than to ask each time.
 inline const std::byte* after(const AttentionChunk& chunk) { return chunk.next ? chunk.next : chunk.keys; }
@@ -146,15 +164,16 @@ inline const std::byte* after(const AttentionChunk& chunk) { return chunk.next ?
 template <class T, int H, int kParts>
 inline void add_scores(const float* q, size_t head_dim, const T* keys, size_t first, const std::byte* upcoming,
                        F32x16 (*acc)[H]) {
-  constexpr size_t kPerLine = 64 / (kLanes * sizeof(T)) == 0 ? 1 : 64 / (kLanes * sizeof(T));
-  for (size_t d = first; d < head_dim; d += 2)
-    for (size_t part = 0; part < kParts; part++) {
-      const size_t at = (d + part) * kPositionsPerBlock;
-      if ((d + part) % kPerLine == 0) fetch_line(upcoming + at * sizeof(T));
-      const F32x16 k = load_cached(keys + at);
-      for (int h = 0; h < H; h++)
-        acc[part][h] = fma(set1(q[static_cast<size_t>(h) * head_dim + d + part]), k, acc[part][h]);
-    }
+  Upcoming ahead(upcoming);
+  for (size_t d = first; d < head_dim; d += 4)  // two steps, a line of halves, so that no step has to ask whether
+    for (size_t step = 0; step < 4; step += 2)
+      for (size_t part = 0; part < kParts; part++) {
+        const size_t at = d + step + part;
+        const F32x16 k = load_cached(keys + at * kPositionsPerBlock);
+        ahead.computed<kPositionsPerBlock * sizeof(T)>();
+        for (int h = 0; h < H; h++)
+          acc[part][h] = fma(set1(q[static_cast<size_t>(h) * head_dim + at]), k, acc[part][h]);
+      }
 }
 
 // scores[h · kChunkPositions + position] = q[h] · k[position] · factor for H queries and a block of positions: one
@@ -170,7 +189,7 @@ inline void score(const float* q, size_t head_dim, const T* keys, float factor, 
     add_scores<T, H, 2>(q, head_dim, keys, 0, upcoming, acc);
   } else {
     add_scores<T, H, 1>(q, head_dim, keys, 0, upcoming, acc);
-    add_scores<T, H, 1>(q, head_dim, keys, 1, upcoming, acc + 1);
+    add_scores<T, H, 1>(q, head_dim, keys, 1, upcoming + head_dim / 2 * kPositionsPerBlock * sizeof(T), acc + 1);
   }
   for (int h = 0; h < H; h++)
     store(scores + static_cast<size_t>(h) * kChunkPositions, mul(add(acc[0][h], acc[1][h]), set1(factor)));
@@ -210,13 +229,11 @@ inline void weigh(const float* weights, const T* values, size_t first, size_t la
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++)
       acc[h][d] = load(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes);
+  Upcoming ahead(upcoming);
   for (size_t j = first; j < last; j++) {
+    ahead.computed<D * kLanes * sizeof(T)>();
     F32x16 v[D];
-    for (int d = 0; d < D; d++) {
-      const size_t at = j * head_dim + static_cast<size_t>(d) * kLanes;
-      if (d * kLanes * sizeof(T) % 64 == 0) fetch_line(upcoming + (at - first * head_dim) * sizeof(T));
-      v[d] = load_cached(values + at);
-    }
+    for (int d = 0; d < D; d++) v[d] = load_cached(values + j * head_dim + static_cast<size_t>(d) * kLanes);
     for (int h = 0; h < H; h++) {
       const F32x16 weight = set1(weights[static_cast<size_t>(h) * kChunkPositions + j]);
       for (int d = 0; d < D; d++) acc[h][d] = fma(weight, v[d], acc[h][d]);
@@ -260,7 +277,7 @@ inline void weigh_all(const AttentionQueries& queries, const AttentionChunk& chu
       const size_t last = first + at_once < n_of_run ? first + at_once : n_of_run;
       in_runs<kVectors>(dim / kLanes, [&]<int D>(size_t v) {
         weigh<T, H, D>(weights + i * kChunkPositions, values + v * kLanes, first, last, dim,
-                       upcoming + v * kLanes * sizeof(T), sums + i * dim + v * kLanes);
+                       upcoming + v * kLanes * sizeof(T) * at_once, sums + i * dim + v * kLanes);
       });
     });
   }
@@ -310,8 +327,9 @@ inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, co
   I32x16 acc[kInt8Sums][H];
   for (auto& sums : acc)
     for (I32x16& sum : sums) sum = zero32();
+  Upcoming ahead(next);
   for (size_t d = 0; d < head_dim; d += 2 * kInt8Sums) {
-    if (d % 4 == 0) fetch_line(next + d * kPositionsPerBlock);
+    ahead.computed<kInt8Sums * 2 * kPositionsPerBlock>();
     for (size_t turn = 0; turn < kInt8Sums; turn++) {
       const size_t at = d + 2 * turn;
       const I16Pairs k = load_pairs(keys + at * kPositionsPerBlock);
@@ -332,13 +350,12 @@ inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, co
 template <int H, int D>
 inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pairs, size_t head_dim,
                        const float* factors, const std::byte* next, float* out) {
-  constexpr size_t kLine = 64, kBytes = static_cast<size_t>(D) * 2 * kLanes;  // that are read of a pair
   I32x16 acc[H][D];
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++) acc[h][d] = zero32();
+  Upcoming ahead(next);
   for (size_t j = 0; j < n_pairs; j++) {
-    if (kBytes >= kLine || j % (kLine / kBytes) == 0)
-      for (size_t at = 0; at < kBytes; at += kLine) fetch_line(next + j * kBytes + at);
+    ahead.computed<D * 2 * kLanes>();
     I16Pairs v[D];
     for (int d = 0; d < D; d++) v[d] = load_pairs(values + j * 2 * head_dim + static_cast<size_t>(d) * 2 * kLanes);
     for (int h = 0; h < H; h++) {
@@ -376,7 +393,7 @@ inline void attend_int8(const AttentionQueries& all, size_t first, const Attenti
     score_int8<H>(queries, dim, keys + b * block, factors, key_scales + b * kPositionsPerBlock, next + b * block,
                   scores + b * kPositionsPerBlock);
   const std::byte* left = next + n_blocks * block;
-  constexpr size_t kLine = 64, kLines = 2;  // for a vector of scores
+  constexpr size_t kLines = 2;  // for a vector of scores
   for (size_t h = 0; h < H; h++) {
     float* of_query = scores + h * kChunkPositions;
     const size_t end = n_blocks * kPositionsPerBlock;
@@ -476,7 +493,7 @@ size_t find_not_below(const float* x, size_t n, float least, uint32_t* out) {
 
 template <RowType type, int R>
 inline void dot_group(const FloatRows& w, size_t first, const float* x, float* out) {
-  constexpr size_t kStep = kLoaded<type> * kLanes, kStepBytes = row_bytes(type, kStep), kLine = 64;
+  constexpr size_t kStep = kLoaded<type> * kLanes, kStepBytes = row_bytes(type, kStep);
   const size_t stride = row_bytes(type, w.cols);
   const uint8_t* data = w.data + first * stride;
   const uint8_t* next = data + R * stride;
