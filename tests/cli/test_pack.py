@@ -33,8 +33,8 @@ WIDE_Q6_K = RandomModel(13, 400, 768, 768, 2, 6, 1)  # whose rows are multiples 
 MODELS = RANDOM_MODELS | {"wide": WIDE, "wider": RandomModel(12, 333, 896, 1280, 1, 7, 7, tie_word_embeddings=False)}
 
 
-def logits(bitnet: Bitnet, model: Path, output: Path, *options: str) -> bytes:
-    bitnet("logits", "--model", model, "--tokens", TOKENS, "--output", output, *options)
+def logits(bitnet: Bitnet, model: Path, output: Path, *options: str, tokens: str = TOKENS) -> bytes:
+    bitnet("logits", "--model", model, "--tokens", tokens, "--output", output, *options)
     return output.read_bytes()
 
 
@@ -53,6 +53,13 @@ def data_start(packed: bytes) -> int:
         at += 8 + int.from_bytes(packed[at : at + 8], "little")  # name
         at += 4 + 8 * int.from_bytes(packed[at : at + 4], "little") + 4 + 8  # dimensions, type, offset
     return -(-at // 32) * 32
+
+
+def place_of(packed: bytes, name: str) -> int:
+    """Where a tensor's data begins in a packed file, whose types gguf's reader does not know."""
+    at = packed.index(name.encode(), checksums(packed)[1]) + len(name)
+    n_dims = int.from_bytes(packed[at : at + 4], "little")
+    return data_start(packed) + int.from_bytes(packed[at + 8 + 8 * n_dims :][:8], "little")
 
 
 def tensor_of(path: Path, name: str) -> gguf.ReaderTensor:
@@ -195,7 +202,7 @@ def test_rows_that_six_bits_do_not_take(bitnet: Bitnet, tmp_path: Path) -> None:
     ("name", "says"),
     [
         ("token_embd.weight", "has a weight that is not finite, or too large for its scale"),
-        ("blk.1.attn_output.weight", "has a code 3, which stands for no weight"),
+        ("blk.1.attn_output.weight", "has a code that stands for no weight"),
     ],
 )
 def test_weights_that_cannot_be_packed(bitnet: Bitnet, tmp_path: Path, name: str, says: str) -> None:
@@ -210,6 +217,61 @@ def test_weights_that_cannot_be_packed(bitnet: Bitnet, tmp_path: Path, name: str
     code, message = bitnet.error("pack", "--model", model, "--output", tmp_path / "packed.gguf")
     assert (code, message) == (9, f"{model}: tensor {name} {says}")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint", "model.gguf"]
+
+
+def test_a_damaged_model_computes_the_same_everywhere(bitnet: Bitnet, tmp_path: Path) -> None:
+    """Codes, or bytes of trits, that stand for no weight: whatever they come to, it does not depend on the kernel."""
+    model, packed = tmp_path / "model.gguf", tmp_path / "packed.gguf"
+    write_checkpoint(WIDE, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", model, "f32")
+    bitnet("pack", "--model", model, "--output", packed)
+    tokens = ",".join(str(token) for token in range(1, 71))
+    for path in (model, packed):
+        damaged = bytearray(path.read_bytes())
+        for name in ("blk.0.ffn_down.weight", "blk.1.attn_q.weight"):
+            start = place_of(bytes(damaged), name) if path == packed else tensor_of(path, name).data_offset
+            damaged[start + 100 : start + 300] = b"\xff" * 200
+        path.write_bytes(damaged)
+        expected = logits(bitnet, path, tmp_path / "logits", "--isa", "scalar", "--batch-size", "7", tokens=tokens)
+        for size in ("1", "16", "17", "256"):
+            for n_threads in ("1", "2"):
+                options = ("--batch-size", size, "--threads", n_threads)
+                assert logits(bitnet, path, tmp_path / "logits", *options, tokens=tokens) == expected, options
+
+
+def test_rows_that_are_copied_are_looked_at(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:
+    model = tmp_path / "model.gguf"
+    damaged = bytearray(demo_model.read_bytes())
+    name = "blk.5.ffn_down.weight"  # whose short rows take no less room as trits
+    damaged[tensor_of(demo_model, name).data_offset] |= 3
+    model.write_bytes(damaged)
+    code, message = bitnet.error("pack", "--model", model, "--output", tmp_path / "packed.gguf")
+    assert (code, message) == (9, f"{model}: tensor {name} has a code that stands for no weight")
+
+
+def test_a_model_is_not_packed_over_itself(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:
+    model, link = tmp_path / "model.gguf", tmp_path / "link.gguf"
+    model.write_bytes(demo_model.read_bytes())
+    link.hardlink_to(model)
+    for output in (model, link):
+        assert bitnet.error("pack", "-m", model, "-o", output) == (4, f"{output}: cannot be written: it is the model")
+    assert model.read_bytes() == demo_model.read_bytes()
+
+
+def test_values_beyond_half_floats_do_not_spread(bitnet: Bitnet, tmp_path: Path) -> None:
+    """Infinity in the f16 cache, times a weight of 0, would become part of other tokens' sums."""
+    model = tmp_path / "model.gguf"
+    write_checkpoint(WIDE, tmp_path / "checkpoint")
+    convert(tmp_path / "checkpoint", model, "f32")
+    damaged = bytearray(model.read_bytes())
+    for name in ("blk.0.attn_v.weight", "blk.1.attn_v.weight"):
+        tensor = tensor_of(model, name)
+        scale = tensor.data_offset + int(np.prod(tensor.shape)) // 4
+        damaged[scale : scale + 4] = struct.pack("<f", 30_000.0)
+    model.write_bytes(damaged)
+    expected = logits(bitnet, model, tmp_path / "logits", "--batch-size", "1")
+    for options in (("--batch-size", "2"), ("--batch-size", "3"), (), ("--isa", "scalar")):
+        assert logits(bitnet, model, tmp_path / "logits", *options) == expected
 
 
 def test_an_interrupted_pack_leaves_what_was_there(bitnet: Bitnet, tmp_path: Path, demo_model: Path) -> None:

@@ -96,6 +96,13 @@ CLI::Validator one_of(const std::vector<T>& values) {
   return {check, names};
 }
 
+// Nothing is written over what is being read.
+void keep_model(const std::string& output, const std::string& model) {
+  std::error_code not_there;
+  if (std::filesystem::equivalent(output, model, not_there))
+    throw Error(ExitCode::kFileUnreadable, output + ": cannot be written: it is the model");
+}
+
 // The options that every command with a loaded model has.
 struct ModelOptions {
   EngineOptions engine;
@@ -157,7 +164,7 @@ struct Generate {
         ->transform(in_range(0.0, 100.0))
         ->capture_default_str();
     c.add_option("--top-k", s.top_k, "0: all")->transform(in_range(0, kMaxCount))->capture_default_str();
-    c.add_option("--top-p", s.top_p, "1: all")->transform(in_range(1e-9, 1.0))->capture_default_str();
+    c.add_option("--top-p", s.top_p, "1: all")->transform(in_range(0.0, 1.0))->capture_default_str();
     c.add_option("--min-p", s.min_p, "0: all")->transform(in_range(0.0, 1.0))->capture_default_str();
     c.add_option("--repeat-penalty", s.repeat_penalty, "1: none")
         ->transform(in_range(kLeastRepeatPenalty, 100.0))
@@ -292,9 +299,7 @@ struct Logits {
     if (ids.size() > engine.n_ctx) throw ContextExceeded(ids.size(), engine.n_ctx);
     KvCache cache(engine.config(), engine.n_ctx, engine.kv_type);
     std::vector<float> logits(std::min(engine.transformer.max_batch(), ids.size()) * n_vocab);
-    std::error_code not_there;
-    if (std::filesystem::equivalent(output, model.engine.model_path, not_there))
-      throw Error(ExitCode::kFileUnreadable, output + ": cannot be written: it is the model");
+    keep_model(output, model.engine.model_path);
     std::ofstream file(output, std::ios::binary | std::ios::trunc);
     if (!file) fail_errno(output, "cannot be written");
     for (size_t done = 0; done < ids.size();) {
@@ -381,6 +386,10 @@ struct Info {
   }
 };
 
+enum class OutputBits { kSix = 6, kEight = 8 };
+
+std::string_view name_of(OutputBits bits) { return bits == OutputBits::kSix ? "6" : "8"; }
+
 struct Pack {
   std::string input, output;
   unsigned output_bits = 8;
@@ -390,9 +399,12 @@ struct Pack {
     c.add_option("--model,-m", input, "GGUF file")->required();
     c.add_option("--output,-o", output, "file to write")->required();
     c.add_option("--output-bits", output_bits, "8 or 6: bits of a weight of the output matrix")
-        ->check(CLI::IsMember({8, 6}))
+        ->transform(one_of<OutputBits>({OutputBits::kEight, OutputBits::kSix}))
         ->capture_default_str();
-    c.callback([this] { pack(input, output, output_bits); });
+    c.callback([this] {
+      keep_model(output, input);
+      pack(input, output, output_bits);
+    });
   }
 };
 

@@ -155,17 +155,6 @@ void settle_columns(const TernaryMatrix& m, TernaryType type, uint8_t* out, Thre
   });
 }
 
-// Whether all codes of a matrix are weights.
-bool is_ternary(const TernaryMatrix& m, ThreadPool& pool) {
-  constexpr size_t kBytesPerPiece = size_t{1} << 18;
-  std::atomic<bool> all = true;
-  pool.for_each(ceil_div(m.bytes(), kBytesPerPiece), [&](size_t piece, size_t) {
-    const size_t first = piece * kBytesPerPiece;
-    if (!are_ternary({m.data + first, std::min(kBytesPerPiece, m.bytes() - first)})) all = false;
-  });
-  return all;
-}
-
 // The whole pages of a part of the map that is not needed again.
 void give_back(const uint8_t* data, size_t size) {
   const uintptr_t page = static_cast<uintptr_t>(sysconf(_SC_PAGESIZE)), start = reinterpret_cast<uintptr_t>(data);
@@ -293,6 +282,18 @@ Model::~Model() {
   if (settled_) munmap(settled_, settled_size_);
 }
 
+bool is_ternary(const TernaryMatrix& m, ThreadPool& pool) {
+  constexpr size_t kBytesPerPiece = size_t{1} << 18;
+  if (m.ternary) return *m.ternary;
+  std::atomic<bool> all = true;
+  pool.for_each(ceil_div(m.bytes(), kBytesPerPiece), [&](size_t piece, size_t) {
+    const size_t first = piece * kBytesPerPiece;
+    if (!are_ternary(m.type, {m.data + first, std::min(kBytesPerPiece, m.bytes() - first)})) all = false;
+  });
+  m.ternary = all;
+  return all;
+}
+
 bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanoseconds time) {
   if (!settling_) {
     settling_ = true;
@@ -324,11 +325,12 @@ bool Model::settle(ThreadPool& pool, const Kernels& kernels, std::chrono::nanose
 void Model::settle_ternary(TernaryMatrix& m, ThreadPool& pool, const Kernels& kernels) {
   uint8_t* data = settled_ + n_settled_;
   TernaryType type = settled_type(m, kernels);
-  if (m.type == TernaryType::kCodes && (type == TernaryType::kTrits || m.sparse) && !is_ternary(m, pool)) {
+  if ((type != m.type || m.sparse) && !is_ternary(m, pool)) {
     type = m.type;
     m.sparse = false;
   }
-  const TernaryMatrix there = settled(m, type, data);
+  TernaryMatrix there = settled(m, type, data);
+  there.ternary = m.ternary;
   if (there.by_columns)
     settle_columns(m, there.type, data, pool, kernels);
   else

@@ -41,8 +41,9 @@ struct TernaryMatrix {
   size_t rows;
   size_t cols;
   float scale;
-  bool sparse = false;      // whether most of what it multiplies is 0: then it settles by columns
-  bool by_columns = false;  // how it lies
+  bool sparse = false;                       // whether most of what it multiplies is 0: then it settles by columns
+  bool by_columns = false;                   // how it lies
+  mutable std::optional<bool> ternary = {};  // is_ternary(), once that is known
 
   TernaryRows all() const { return {type, data, rows, cols}; }         // where it is by rows
   TernaryColumns columns() const { return {type, data, rows, cols}; }  // where it is by columns
@@ -60,6 +61,10 @@ struct Layer {
   const float* ffn_sub_norm;   // (ffn_dim)
   TernaryMatrix down;          // (dim, ffn_dim); sparse, since relu lets half of its input through at most
 };
+
+// Whether all its codes stand for weights, as look-up and sums by columns take for granted. In a damaged file they may
+// not, and then all kernels multiply by code − 1.
+bool is_ternary(const TernaryMatrix& m, ThreadPool& pool);
 
 // Whether the kernels multiply rows of `cols` trits as they are.
 inline bool computes_from_trits(const Kernels& kernels, size_t cols) {

@@ -68,15 +68,18 @@ OutputTensor ternary(const std::string& name, const TernaryMatrix& w) {
   const std::vector<uint64_t> shape{w.cols, w.rows};
   const size_t from_bytes = w.all().row_bytes();
   const size_t to_bytes = TernaryRows{TernaryType::kTrits, nullptr, w.rows, w.cols}.row_bytes();
-  if (w.type == TernaryType::kTrits || to_bytes >= from_bytes)  // short rows do not fill a unit
-    return copied(name, w.type == TernaryType::kTrits ? TensorType::kTrits : TensorType::kI2_S, shape, w.data, w.rows,
-                  from_bytes, w.scale);
+  const bool packs = w.type == TernaryType::kCodes && to_bytes < from_bytes;  // short rows do not fill a unit
   const auto make_row = [=](size_t row, float*, uint8_t* out) {
-    if (!are_ternary({w.data + row * from_bytes, from_bytes})) return false;
-    pack_rows(kernels_for(best_isa()).pack_trits, w.all().slice(row, 1), out);
+    const uint8_t* from = w.data + row * from_bytes;
+    if (!are_ternary(w.type, {from, from_bytes})) return false;
+    if (packs)
+      pack_rows(kernels_for(best_isa()).pack_trits, w.all().slice(row, 1), out);
+    else
+      std::memcpy(out, from, from_bytes);
     return true;
   };
-  return {name,   TensorType::kTrits, shape, w.rows, to_bytes, make_row, "has a code 3, which stands for no weight",
+  const TensorType type = packs || w.type == TernaryType::kTrits ? TensorType::kTrits : TensorType::kI2_S;
+  return {name,   type, shape, w.rows, packs ? to_bytes : from_bytes, make_row, "has a code that stands for no weight",
           w.scale};
 }
 

@@ -195,7 +195,7 @@ void read_sampling(Fields& fields, const Tokenizer& tokenizer, Completion& c) {
   s.dynatemp_range = fields.number("dynatemp_range", s.dynatemp_range, 0.0, 100.0);
   s.dynatemp_exponent = fields.number("dynatemp_exponent", s.dynatemp_exponent, 0.0, 100.0);
   count("top_k", s.top_k, 0);
-  s.top_p = fields.number("top_p", s.top_p, 0.0, 1.0, false);
+  s.top_p = fields.number("top_p", s.top_p, 0.0, 1.0);
   s.min_p = fields.number("min_p", s.min_p, 0.0, 1.0);
   s.typical_p = fields.number("typical_p", s.typical_p, 0.0, 1.0, false);
   s.top_n_sigma = fields.number("top_n_sigma", s.top_n_sigma, -1.0, 100.0);

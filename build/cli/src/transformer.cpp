@@ -214,6 +214,9 @@ void Transformer::make_tiles(size_t cols) {
 // then(thread) is called by every thread that is done.
 template <class F>
 void Transformer::project(std::initializer_list<Projection> projections, F&& then) {
+  const size_t n_lookup = n_lookup_;
+  for (const Projection& p : projections)
+    if (n_lookup_ > 0 && !is_ternary(*p.matrix, pool_)) n_lookup_ = 0;  // for these
   make_tiles(projections.begin()->matrix->cols);
   pieces_.clear();
   add_lookup_pieces(projections);
@@ -230,6 +233,7 @@ void Transformer::project(std::initializer_list<Projection> projections, F&& the
           by_multiplication(pieces_[i], thread);
       },
       then);
+  n_lookup_ = n_lookup;
 }
 
 // Pieces as large as pays, but enough of them for all threads: first the tiles are divided, then the rows.

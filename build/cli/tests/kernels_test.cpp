@@ -187,12 +187,22 @@ TEST_CASE("pack_rows: trits that expand to the codes") {
       CHECK(got == packed);
     }
   }
+  std::vector<uint8_t> bytes(kTritUnit), expected(kCodeUnit), got(kCodeUnit);  // any, of damaged files too
+  for (unsigned first = 0; first < 256; first += kTritUnit) {
+    for (unsigned i = 0; i < kTritUnit; i++) bytes[i] = static_cast<uint8_t>(first + i);
+    CHECK(are_ternary(TernaryType::kTrits, bytes) == (first + kTritUnit <= 243));
+    kScalarKernels.expand_trits(bytes.data(), 1, expected.data());
+    for (const Kernels* k : vector_tables()) {
+      k->expand_trits(bytes.data(), 1, got.data());
+      CHECK(got == expected);
+    }
+  }
   std::vector<uint8_t> codes(1000, 0xaa);
-  CHECK(are_ternary(codes));
+  CHECK(are_ternary(TernaryType::kCodes, codes));
   for (const int place : {0, 2, 4, 6})
     for (const size_t at : {0, 500, 999}) {
       codes[at] |= static_cast<uint8_t>(1 << place);
-      CHECK_FALSE(are_ternary(codes));
+      CHECK_FALSE(are_ternary(TernaryType::kCodes, codes));
       codes[at] = 0xaa;
     }
 }

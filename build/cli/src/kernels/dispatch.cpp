@@ -75,9 +75,15 @@ void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const T
   }
 }
 
-bool are_ternary(std::span<const uint8_t> codes) {
+bool are_ternary(TernaryType type, std::span<const uint8_t> bytes) {
+  if (type == TernaryType::kTrits) {
+    constexpr uint8_t kMostOfTrits = 3 * 3 * 3 * 3 * 3 - 1;
+    uint8_t most = 0;
+    for (const uint8_t byte : bytes) most = std::max(most, byte);
+    return most <= kMostOfTrits;
+  }
   uint8_t threes = 0;
-  for (const uint8_t byte : codes) threes |= byte & byte >> 1 & 0x55;
+  for (const uint8_t byte : bytes) threes |= byte & byte >> 1 & 0x55;
   return threes == 0;
 }
 

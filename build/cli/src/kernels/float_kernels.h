@@ -93,6 +93,9 @@ inline Int8Scale int8_scale(const float* x, size_t n) {
   return amplitude > 0.0f ? Int8Scale{127.0f / amplitude, amplitude / 127.0f} : Int8Scale{0.0f, 0.0f};
 }
 
+// What the f16 cache takes: infinity, times a weight of 0, would become part of every sum.
+inline F32x16 within_half(F32x16 a) { return min(max(a, set1(-kLargestHalf)), set1(kLargestHalf)); }
+
 void store_key(const float* key, std::byte* keys, CacheType type, size_t position, size_t head_dim) {
   const size_t block = position / kPositionsPerBlock * head_dim * kPositionsPerBlock,
                place = position % kPositionsPerBlock;
@@ -106,7 +109,7 @@ void store_key(const float* key, std::byte* keys, CacheType type, size_t positio
       scatter(reinterpret_cast<float*>(keys), d, key + d);
     } else if (type == CacheType::kF16) {
       uint16_t halves[kLanes];
-      store_half(halves, load(key + d));
+      store_half(halves, within_half(load(key + d)));
       scatter(reinterpret_cast<uint16_t*>(keys), d, halves);
     } else {
       int8_t numbers[kLanes];
@@ -125,7 +128,7 @@ void store_value(const float* value, std::byte* values, CacheType type, size_t p
     if (type == CacheType::kF32) {
       store(reinterpret_cast<float*>(values) + at, load(value + d));
     } else if (type == CacheType::kF16) {
-      store_half(reinterpret_cast<uint16_t*>(values) + at, load(value + d));
+      store_half(reinterpret_cast<uint16_t*>(values) + at, within_half(load(value + d)));
     } else {
       int8_t numbers[kLanes];
       store_int8(numbers, mul(load(value + d), set1(scale.forth)));

@@ -6,6 +6,8 @@
 
 namespace bitnet {
 
+inline constexpr float kLargestHalf = 65504.0f;
+
 inline float half_to_float(uint16_t half) {
   const uint32_t sign = static_cast<uint32_t>(half & 0x8000u) << 16;
   const uint32_t magnitude = half & 0x7fffu;

@@ -263,8 +263,8 @@ Isa best_isa();  // the fastest supported one; kScalar where AVX2, FMA, F16C or 
 // Rows of trits → rows of codes, (rows, cols / 4).
 void expand_rows(void (*expand_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& trits, uint8_t* codes);
 
-// Whether codes are weights: whether none is 3.
-bool are_ternary(std::span<const uint8_t> codes);
+// Whether all codes or trits in these bytes are weights: none is 3, or no byte more than five trits make.
+bool are_ternary(TernaryType type, std::span<const uint8_t> bytes);
 
 // Rows of codes that are weights → rows of trits.
 void pack_rows(void (*pack_trits)(const uint8_t*, size_t, uint8_t*), const TernaryRows& codes, uint8_t* trits);

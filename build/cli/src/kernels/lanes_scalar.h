@@ -78,6 +78,9 @@ inline F32x16 fma(F32x16 a, F32x16 b, F32x16 c) {
 inline F32x16 max(F32x16 a, F32x16 b) {
   return each([&](int i) { return a.v[i] > b.v[i] ? a.v[i] : b.v[i]; });
 }
+inline F32x16 min(F32x16 a, F32x16 b) {
+  return each([&](int i) { return a.v[i] < b.v[i] ? a.v[i] : b.v[i]; });
+}
 inline F32x16 abs(F32x16 a) {
   return each([&](int i) { return std::fabs(a.v[i]); });
 }
