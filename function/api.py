@@ -15,12 +15,13 @@ from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypedDict
+from urllib.parse import quote, unquote
 
 from aws_lambda_powertools.event_handler import CORSConfig, LambdaFunctionUrlResolver, Response
 
 from function import chat_template, openai, schema, tools
 from function.auth import ApiKey
-from function.engine import Cancellation, Engine, EngineError, Event, RefusedError
+from function.engine import STOPPING, Cancellation, Engine, EngineError, Event, RefusedError, StoppingError
 from function.metrics import CONTENT_TYPE as METRICS
 from function.metrics import Metrics
 from function.model_store import ModelError
@@ -40,6 +41,7 @@ JSON_TYPE = re.compile(  # curl -d says of any body that it is a form
     r"""\s*(application/(.+\+)?json|application/x-www-form-urlencoded|text/plain)\s*(;\s*charset=["']?(utf-?8|us-ascii)["']?\s*|;(?!\s*charset=)[^;]*)*""",
     re.IGNORECASE,
 )
+MODELS = "/v1/models/"  # and the name of one
 CORS_MAX_AGE_S = 86_400
 RETRY_AFTER_S = 1
 ENVELOPE_BYTES = 4096  # of an answer's status and headers and the error that ends a stream, at most
@@ -119,7 +121,7 @@ class Api:
         headers: dict[str, str] = {}
         try:
             _check_event(event)
-            event = _as_get(event)
+            event = _routed(event)
             with self._resolving:
                 reply = self._resolver.resolve(event, None)  # type: ignore[arg-type]
             headers = reply["headers"]
@@ -128,7 +130,7 @@ class Api:
             if call.refusal is not None:
                 raise call.refusal
             if not trusted:
-                self._api_key.check(event)
+                self._api_key.check(event, call.deadline)
             body = reply["body"](event, call)
             text = _dump(body) if isinstance(body, dict | list) else None
             _count(text, call)
@@ -192,7 +194,7 @@ class Api:
         return {"object": "list", "data": [openai.model_body(name, self._created)]}
 
     def _model(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        name = event["requestContext"]["http"]["path"].removeprefix("/v1/models/")
+        name = unquote(event["requestContext"]["http"]["path"].removeprefix(MODELS))
         return openai.model_body(self._named(name, call)["model"]["name"], self._created)
 
     def _tokenize(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
@@ -254,7 +256,7 @@ class Api:
         if allowed:
             message = f"{schema.describe(http['path'])} takes {' or '.join(allowed)}"
             raise ApiError(405, "method_not_allowed", message, allow=", ".join(allowed))
-        routes = ", ".join(f"{method} {path}" for method, path in self._routes)
+        routes = ", ".join(f"{method} {path}" for method, path in known)
         raise ApiError(404, "not_found", f"no route {schema.describe(http['path'])}; there are {routes}")
 
     def _named(self, model: str | None, call: Call) -> Event:
@@ -278,6 +280,7 @@ class Api:
     def _whole(self, request: CompletionRequest, answer: Answer, call: Call) -> Json:
         done = sorted(self._events(request, call), key=lambda event: event["index"])
         call.record |= _statistics(done, request.n, call)
+        _check_complete(done, answer, call)
         return answer.whole(done, self._engine.model_name)
 
     def _events(self, request: CompletionRequest, call: Call) -> Generator[Event]:
@@ -296,7 +299,7 @@ class Api:
         mask = None
         if request.structure is not None:
             call.structure_field = request.structure.field
-            force = not (request.n_probs or request.logprobs)
+            force = not (request.n_probs or request.logprobs or biases)
             mask = self._grammars.compile(request.structure, call.deadline, force=force)
         for event in self._engine.complete(asked, mask=mask, deadline=call.deadline, cancellation=call.cancellation):
             yield event
@@ -341,10 +344,13 @@ class Api:
                 for event in itertools.chain([first], rest):
                     if event["event"] == "done":
                         done.append(event)
+                        if event["stop_type"] == "cancelled" and not answer.says_cancelled:
+                            continue
                     for body in (answer.piece if event["event"] == "token" else answer.last)(event, model):
                         yield _part(body, call)
             done.sort(key=lambda event: event["index"])
             call.record |= _statistics(done, n, call)
+            _check_complete(done, answer, call)
             for body in answer.closing(done, model):
                 yield _part(body, call)
             if answer.end:
@@ -396,7 +402,7 @@ def _chosen(operation: Operation, route: str | None) -> Callable[..., Response[O
 
 
 def _fits(route: str, path: str) -> bool:
-    return re.fullmatch(re.escape(route).replace("<model>", "[^/]+"), path) is not None
+    return re.fullmatch(re.escape(route).replace("<model>", ".+"), path, re.DOTALL) is not None
 
 
 def _cors(settings: Settings) -> CORSConfig | None:
@@ -417,12 +423,19 @@ def _check_event(event: Mapping[str, Any]) -> None:
         raise schema.invalid("the event's 'body' must be a string")
 
 
-def _as_get(event: dict[str, Any]) -> dict[str, Any]:
-    """HEAD is GET, but for the body of the answer, which whoever sends it leaves out."""
+def _routed(event: dict[str, Any]) -> dict[str, Any]:
+    """The event as the routes want it.
+
+    The path has no stage of API Gateway before it. The resolver's, `rawPath`, has no character that it does not take.
+    HEAD is GET, but for the body of the answer, which whoever sends it leaves out.
+    """
     context = event["requestContext"]
-    if context["http"]["method"] != "HEAD":
-        return event
-    return event | {"requestContext": context | {"http": context["http"] | {"method": "GET"}}}
+    http, stage = context["http"], context.get("stage", "$default")
+    path = event["rawPath"] if stage == "$default" else event["rawPath"].removeprefix(f"/{stage}")
+    raw_path = MODELS + quote(path.removeprefix(MODELS), safe="", errors="replace") if path.startswith(MODELS) else path
+    method = "GET" if http["method"] == "HEAD" else http["method"]
+    context = context | {"stage": "$default", "http": http | {"method": method, "path": path}}
+    return event | {"rawPath": raw_path, "requestContext": context}
 
 
 def _body(event: Mapping[str, Any]) -> bytes:
@@ -497,6 +510,10 @@ def _statistics(done: Sequence[Event], n: int, call: Call) -> dict[str, Any]:
         "first_token_ms": first_token_ms,
         "predicted_ms": sum(predicted_ms),
     }
+    # A completion's first token comes with the prompt, before the time that counts.
+    later_tokens = sum(max(0, event["tokens_predicted"] - 1) for event in done)
+    if later_tokens and times["predicted_ms"]:
+        times["tokens_per_second"] = later_tokens / times["predicted_ms"] * 1e3
     stop_types = [event["stop_type"] for event in done]
     cut = [kind for kind in stop_types if kind in ("deadline", "cancelled")]  # of one is as good as of all
     return {name: round(value, 1) for name, value in times.items()} | {
@@ -505,6 +522,20 @@ def _statistics(done: Sequence[Event], n: int, call: Call) -> dict[str, Any]:
         "tokens_evaluated": sum(event["tokens_evaluated"] for event in prompts),
         "tokens_cached": sum(event["tokens_cached"] for event in prompts),
     }
+
+
+def _check_complete(done: Sequence[Event], answer: Answer, call: Call) -> None:
+    """Whether what was cancelled is an answer.
+
+    Raises:
+        ApiError: nobody is there to receive it.
+        StoppingError: the server ends, and the answer could not say that it is none: the client shall ask again.
+    """
+    if any(event["stop_type"] == "cancelled" for event in done):
+        if call.cancellation.cancelled:
+            raise ApiError(HUNG_UP, "hung_up", "the client hung up")
+        if not answer.says_cancelled:
+            raise StoppingError(STOPPING)
 
 
 def _count(part: Json | str | None, call: Call) -> None:

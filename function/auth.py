@@ -5,7 +5,10 @@ from __future__ import annotations
 import hmac
 import logging
 import threading
+import time
 from collections.abc import Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any
 
 from function.schema import ApiError
@@ -33,10 +36,10 @@ class ApiKey:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._lock = threading.Lock()
-        self._keys: tuple[bytes, ...] = ()
+        self._reading: Future[tuple[bytes, ...]] | None = None
 
-    def check(self, event: Mapping[str, Any]) -> None:
-        """Checks an HTTP event (payload 2.0).
+    def check(self, event: Mapping[str, Any], deadline: float | None = None) -> None:
+        """Checks an HTTP event (payload 2.0), until `deadline` (of `time.monotonic()`).
 
         Raises:
             ApiError: 401, the key is missing or wrong; 500 or 503, the right one cannot be read, so nobody passes.
@@ -51,7 +54,7 @@ class ApiKey:
         if scheme.lower() != "bearer" or not token.strip():
             raise _unauthorized("an API key is required: send 'Authorization: Bearer KEY'")
         # All of them, so that the time tells nothing of which one is nearly right.
-        right = [hmac.compare_digest(token.strip().encode(errors="replace"), key) for key in self._valid()]
+        right = [hmac.compare_digest(token.strip().encode(errors="replace"), key) for key in self._valid(deadline)]
         if not any(right):
             raise _unauthorized("the API key is wrong")
 
@@ -70,14 +73,29 @@ class ApiKey:
     def _required(self) -> bool:
         return self._settings.api_key is not None or self._settings.api_key_arn is not None
 
-    def _valid(self) -> tuple[bytes, ...]:
+    def _valid(self, deadline: float | None) -> tuple[bytes, ...]:
         with self._lock:
-            if not self._keys:
-                text = self._settings.api_key or _read(self._settings.api_key_arn or "")
-                self._keys = tuple(key.encode() for key in text.split())
-            if not self._keys:
+            if self._reading is None or (self._reading.done() and self._reading.exception() is not None):
+                self._reading = Future()
+                threading.Thread(target=self._read, args=(self._reading,), name="api-key", daemon=True).start()
+            reading = self._reading
+        if deadline is None:
+            return reading.result()
+        try:  # half of the margin is for the answer
+            left_s = deadline - self._settings.deadline_margin_ms / 2e3 - time.monotonic()
+            return reading.result(max(0.0, left_s))
+        except FutureTimeoutError:
+            raise _unavailable(self._settings.api_key_arn or "", "no answer in time", transient=True) from None
+
+    def _read(self, reading: Future[tuple[bytes, ...]]) -> None:
+        try:
+            text = self._settings.api_key or _read(self._settings.api_key_arn or "")
+            if not text.split():
                 raise ApiError(500, "api_key_unavailable", "the API key is empty")
-            return self._keys
+        except BaseException as error:
+            reading.set_exception(error)
+        else:
+            reading.set_result(tuple(key.encode() for key in text.split()))
 
 
 def _unauthorized(message: str) -> ApiError:
@@ -103,13 +121,16 @@ def _read(arn: str) -> str:
             path = resource.removeprefix("parameter/")  # that of /a/b is parameter/a/b, and that of a is parameter/a
             answer = client.get_parameter(Name=f"/{path}" if "/" in path else path, WithDecryption=True)
             return str(answer["Parameter"]["Value"])
-        return str(client.get_secret_value(SecretId=arn)["SecretString"])
+        secret = client.get_secret_value(SecretId=arn)
+        return str(secret["SecretString"] if "SecretString" in secret else secret["SecretBinary"].decode("ascii"))
     except ClientError as error:
         status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
         code = error.response.get("Error", {}).get("Code", "")
         raise _unavailable(arn, code, transient=status >= 500 or "Throttl" in code) from error
     except BotoCoreError as error:
         raise _unavailable(arn, str(error), transient=True) from error
+    except UnicodeDecodeError:
+        raise _unavailable(arn, "it is not printable ASCII", transient=False) from None
 
 
 def _unavailable(arn: str, reason: str, *, transient: bool) -> ApiError:

@@ -24,6 +24,7 @@ from urllib.parse import urlsplit
 from function.sigv4 import SigV4, is_function_url
 
 if TYPE_CHECKING:
+    from prompt_toolkit.history import History
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 PATH = "/v1/chat/completions"
@@ -167,14 +168,13 @@ class Terminal:
     def __init__(self, chat: Chat, fields: dict[str, Any]) -> None:
         from prompt_toolkit import PromptSession
         from prompt_toolkit.completion import WordCompleter
-        from prompt_toolkit.history import FileHistory
         from rich.console import Console
 
         self._chat = chat
         self._fields = fields
         self._console: Console = Console(highlight=False, soft_wrap=False)
         self._session: PromptSession[str] = PromptSession(
-            history=FileHistory(str(_history_file())),
+            history=_history(),
             completer=WordCompleter(list(COMMANDS), sentence=True),
             complete_while_typing=False,
             key_bindings=_key_bindings(),
@@ -363,12 +363,19 @@ def _figures(timings: dict[str, Any], first_s: float | None) -> str:
     return " · ".join(parts) or "no text"
 
 
-def _history_file() -> Path:
-    """Where the lines that were typed are kept, for the arrow keys."""
-    state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
-    folder = Path(state, "bitnet-lambda")
-    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    return folder / "history"
+def _history() -> History:
+    """The lines that were typed, for the arrow keys: kept in a file, where there is a place for it."""
+    from prompt_toolkit.history import FileHistory, InMemoryHistory
+
+    try:
+        state = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+        folder = Path(state, "bitnet-lambda")
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        file = folder / "history"
+        file.touch(mode=0o600)
+    except (OSError, RuntimeError):  # RuntimeError: nobody's home is known
+        return InMemoryHistory()
+    return FileHistory(str(file))
 
 
 def _key_bindings() -> Any:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import os
+import re
+import select
 import subprocess
 import threading
 import time
@@ -31,6 +34,9 @@ State = Literal["not_loaded", "loading", "ready"]
 LOG_LINES_KEPT = 20
 LOG_LINE_CHARACTERS = 2000
 STOPPING = "the server is stopping"
+TOO_LATE = "there is no time left but DEADLINE_MARGIN_MS; try again, or give the function more time"
+START_TIMEOUT_S = 120.0  # the 2B model takes a fifth of a second, and longer where its file comes from a slow disk
+OPTION = re.compile(r"--(ctx-size|kv-type|parallel|threads)\b")  # of the CLI: settings have the same names
 EXIT_GRACE_S = 0.15  # from SIGTERM to SIGKILL; Lambda gives the whole environment 300 ms
 
 
@@ -42,7 +48,7 @@ class EngineError(Exception):
 
 
 class StartError(EngineError):
-    """The engine ended before it was ready; the message is its own last line."""
+    """The engine ended before it was ready, or never was; the message is its own last line, if it wrote one."""
 
     code = "engine_start_failed"
 
@@ -117,6 +123,11 @@ class Cancellation:
             action = self._action
         if action:
             action()
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether it was given up."""
+        return self._cancelled
 
     def attach(self, action: Callable[[], None] | None) -> None:
         """Sets what `cancel` does; does it at once if that was called before."""
@@ -266,7 +277,7 @@ class Engine:
             self._worker = worker = _Worker(self._command(path))
             if self._stop.is_set():
                 worker.stop()
-            ready = worker.ready.result()
+            ready = worker.started()
             load_ms, total_ms = (round((time.monotonic() - start) * 1e3) for start in (fetched, began))
             self._metrics.loaded(load_ms, total_ms, again=again)
             details = {name: ready[name] for name in ("n_ctx", "threads", "isa", "version")}
@@ -275,6 +286,9 @@ class Engine:
                 extra=details | {"load_ms": load_ms, "total_ms": total_ms, "model_name": ready["model"]["name"]},
             )
         except BaseException as error:
+            if isinstance(error, StartError):
+                self._store.distrust()
+                error = self._explained(error)
             with suppress(InvalidStateError):
                 loaded.set_exception(error)
         else:
@@ -323,6 +337,12 @@ class Engine:
             command += ["--parallel", str(settings.parallel)]
         return command
 
+    def _explained(self, error: StartError) -> StartError:
+        """The same in the words of whoever set the environment."""
+        text = OPTION.sub(lambda option: option[1].upper().replace("-", "_"), str(error))
+        source = self._settings.model_s3_uri if self._settings.model_path is None else None
+        return StartError(f"{text}; the model is a copy of {source}" if source else text)
+
     def _ready_worker(self, deadline: float | None) -> _Worker:
         loaded = self.load()
         if loaded.done():
@@ -333,6 +353,8 @@ class Engine:
             self._waiting += 1
         try:
             give_up_at = self._give_up_at(deadline)
+            if give_up_at is not None and time.monotonic() >= give_up_at:
+                raise LateError(TOO_LATE)
             return loaded.result(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
         except FutureTimeoutError:
             raise LoadingError("the model is still being loaded; try again, or give the function more time") from None
@@ -376,6 +398,7 @@ class _Worker:
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, env={}, process_group=0)
         except OSError as error:
             raise StartError(f"cannot run {command[0]}: {error.strerror}") from error
+        os.set_blocking(self._process.stdin.fileno(), False)  # type: ignore[union-attr]
         logs = threading.Thread(target=self._drain_log, name="worker-log", daemon=True)
         logs.start()
         threading.Thread(target=self._dispatch, args=(logs,), name="worker-events", daemon=True).start()
@@ -390,7 +413,7 @@ class _Worker:
     ) -> Generator[Event]:
         """Sends requests, answers their masks, yields their other events; cancels the rest if the caller goes away."""
         if give_up_at is not None and time.monotonic() >= give_up_at:  # else it would be ended for not having answered
-            raise LateError("there is no time left for an answer; try again, or give the function more time")
+            raise LateError(TOO_LATE)
         inbox: SimpleQueue[Event | None] = SimpleQueue()
         waits: dict[str, int] = {}  # `done` events to come of each request
         offsets: dict[str, int] = {}
@@ -404,7 +427,7 @@ class _Worker:
                 waits[name] = request.get("n", 1)
         try:
             for name, request in zip(offsets, requests, strict=True):
-                self._send({"op": op, "id": name, **request})
+                self._send({"op": op, "id": name, **request}, give_up_at)
             cancellation.attach(lambda: self._cancel(list(waits)))
             if self._ending:  # cancel_all may have come before the requests did
                 self._cancel(list(waits))
@@ -412,8 +435,7 @@ class _Worker:
                 try:
                     event = inbox.get(timeout=None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
                 except Empty:
-                    self._process.kill()
-                    raise HungError("the engine did not stop at the deadline and was ended") from None
+                    raise self._hung() from None
                 if event is None:
                     raise DiedError(f"the engine ended while it computed: {self._epitaph()}")
                 name = event["id"]
@@ -424,7 +446,7 @@ class _Worker:
                 if event["event"] == "mask":
                     assert mask is not None
                     answer = mask.answer(index, event["tokens"])
-                    self._send({"op": "mask", "id": name, "index": event["index"], **answer})
+                    self._send({"op": "mask", "id": name, "index": event["index"], **answer}, give_up_at)
                     continue
                 if event["event"] == "done":
                     waits[name] -= 1
@@ -437,6 +459,14 @@ class _Worker:
                 for name in offsets:
                     self._inboxes.pop(name, None)
             self._cancel(list(waits))
+
+    def started(self) -> Event:
+        """The `ready` event. Ends a process that does not come to it."""
+        try:
+            return self.ready.result(START_TIMEOUT_S)
+        except FutureTimeoutError:
+            self._process.kill()
+            raise StartError(f"the engine was not ready after {START_TIMEOUT_S:g} s and was ended") from None
 
     def cancel_all(self) -> None:
         self._ending = True
@@ -459,18 +489,36 @@ class _Worker:
             for name in names:
                 self._send({"op": "cancel", "id": name})
 
-    def _send(self, message: Mapping[str, Any]) -> None:
+    def _send(self, message: Mapping[str, Any], give_up_at: float | None = None) -> None:
         line = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        stdin = self._process.stdin
-        assert stdin is not None
+        left_s = -1.0 if give_up_at is None else max(0.0, give_up_at - time.monotonic())
+        if not self._writing.acquire(timeout=left_s):
+            raise self._hung()
         try:
-            with self._writing:
-                stdin.write(line)
-                stdin.flush()
+            self._write(line, give_up_at)
         except (OSError, ValueError) as error:  # ValueError: closed
             self.dead = True  # now, for the next one who asks: _dispatch may take a moment to see it
             self._process.kill()
             raise DiedError("the engine has ended") from error
+        finally:
+            self._writing.release()
+
+    def _write(self, line: bytes, give_up_at: float | None) -> None:
+        """Writes all of `line`, which a pipe takes no faster than the engine reads."""
+        pipe = self._process.stdin.fileno()  # type: ignore[union-attr]
+        room = select.poll()
+        room.register(pipe, select.POLLOUT)
+        left = memoryview(line)
+        while left:
+            try:
+                left = left[os.write(pipe, left) :]
+            except BlockingIOError:
+                if not room.poll(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()) * 1e3):
+                    raise self._hung() from None
+
+    def _hung(self) -> HungError:
+        self._process.kill()
+        return HungError("the engine did not stop at the deadline and was ended")
 
     def _dispatch(self, logs: threading.Thread) -> None:
         """Hands events to those who asked, until the worker ends; then says so to all of them."""
@@ -494,7 +542,8 @@ class _Worker:
             self.dead = True
             inboxes = list(self._inboxes.values())
         if not self.ready.done():
-            self.ready.set_exception(StartError(self._epitaph()))
+            how = self._epitaph() if self._log else f"the engine ended before it was ready ({self._epitaph()})"
+            self.ready.set_exception(StartError(how))
         logger.log(
             logging.INFO if self._process.returncode in (0, -15) else logging.ERROR,
             "worker ended",

@@ -1,8 +1,8 @@
 """llama.cpp's GBNF in the words that llguidance's converter to its own language understands.
 
 Source: https://github.com/ggml-org/llama.cpp/blob/master/grammars/README.md. The converter loses the zeros that an
-escape begins with, takes two names for one that differ in - and _ or in case, knows no {0}, and takes time that grows
-with the square of the rules unless each comes behind those that it names.
+escape begins with and the parentheses between two repetitions, takes two names for one that differ in - and _ or in
+case, knows no {0}, and takes time that grows with the square of the rules unless each comes behind those that it names.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ TOKEN = re.compile(r'"(?:\\.|[^"\\])*"?|\[(?:\\.|[^\]\\])*\]?|\{[^{}]*\}|#[^\r\n
 ESCAPE = re.compile(r"\\x([0-9a-fA-F]{2})|\\u([0-9a-fA-F]{4})|\\U([0-9a-fA-F]{8})|\\.|[&~]", re.DOTALL)
 MAX_RULES = 5000  # llguidance takes many seconds to refuse a chain of twice as many
 NAME = re.compile(r"[\w-]+")
+REPETITIONS = ("*", "+", "?", "{")
 NO_TIMES = re.compile(r"\{\s*0+\s*(,\s*0+\s*)?\}")
 ANY_CHARACTER = "[\\x00-\U0010ffff]"
 
@@ -26,6 +27,8 @@ def normalised(grammar: str) -> str:
         ValueError: there are too many rules, a string or a class of characters does not end, or a rule is not there.
     """
     tokens = ["" if token.startswith("#") else token for token in TOKEN.findall(grammar)]
+    if "::=" not in tokens:
+        raise ValueError("a grammar is made of rules 'name ::= …', and here is none")
     begins = [index - 1 - tokens[index - 1].isspace() for index, token in enumerate(tokens) if token == "::="]
     if len(begins) > MAX_RULES:
         raise ValueError(f"a grammar must have at most {MAX_RULES} rules, got {len(begins)}")
@@ -38,7 +41,7 @@ def normalised(grammar: str) -> str:
         name, *rest = tokens[begin:end]
         named[name] = [token for token in dict.fromkeys(rest) if token in names]
         rules[name] = "".join([names[name], *_parts(rest, names)])
-    return "".join(tokens[: begins[0]] if begins else tokens) + "\n".join(rules[name] for name in _ordered(named))
+    return "".join(tokens[: begins[0]]) + "\n".join(rules[name] for name in _ordered(named))
 
 
 def _parts(tokens: list[str], names: dict[str, str]) -> list[str]:
@@ -57,13 +60,22 @@ def _parts(tokens: list[str], names: dict[str, str]) -> list[str]:
                 raise ValueError(f"Rule '{token}' not found")
             parts.append(names[token])
         else:
+            if token[:1] in REPETITIONS:
+                _keep_parentheses(parts)
             parts.append(ANY_CHARACTER if token == "." else token)
     return parts
 
 
+def _keep_parentheses(parts: list[str]) -> None:
+    """Puts an empty string at the end of a group, if the last part is one, so that it has several members."""
+    last = next((index for index in reversed(range(len(parts))) if parts[index].strip()), None)
+    if last is not None and parts[last] == ")":
+        parts.insert(last, ' ""')
+
+
 def _drop_last(parts: list[str]) -> None:
     """Takes away what a repetition is of: a word or a group, maybe repeated itself."""
-    while parts and (not parts[-1].strip() or parts[-1][0] in "*+?{"):
+    while parts and (not parts[-1].strip() or parts[-1][0] in REPETITIONS):
         parts.pop()
     depth = 0
     while parts:

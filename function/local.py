@@ -112,6 +112,8 @@ class Server(uvicorn.Server):
 
 def main() -> int:
     """Serves until a signal comes. Returns 0, or 1 if the model or the port cannot be had, or 2 for a wrong setting."""
+    if len(sys.argv) > 1:
+        return _fail(f"takes no arguments, got {sys.argv[1]}: settings are environment variables (README.md)", 2)
     try:
         parts = application(is_local=True)
     except SettingsError as error:

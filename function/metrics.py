@@ -68,8 +68,8 @@ class Metrics:
             for name, (_, _, factor) in _SUMS.items():
                 self._sums[name] += record.get(name, 0) * factor
         measured = {metric: (unit, record[name]) for name, (metric, unit) in _MEASURES.items() if name in record}
-        if record.get("predicted_ms", 0) > 0:
-            measured["TokensPerSecond"] = ("Count/Second", record["tokens_predicted"] / record["predicted_ms"] * 1e3)
+        if "tokens_per_second" in record:
+            measured["TokensPerSecond"] = ("Count/Second", record["tokens_per_second"])
         if "stop_type" in record:
             measured[f"Stop{record['stop_type'].capitalize()}"] = ("Count", 1)
         if status >= 500:

@@ -73,9 +73,9 @@ class _Object:
 class ModelStore:
     """Gives the path of the model, and copies it there first if need be.
 
-    After the first success nothing is asked of S3 again as long as the file is there. A file that an earlier process
-    left is used if one HEAD request shows that it is a copy of the object's present version: its name holds the ETag's
-    hash, and it gets that name only when every byte has been checked.
+    After the first success nothing is asked of S3 again as long as the file is there and the engine takes it. A file
+    that an earlier process left is used if one HEAD request shows that it is a copy of the object's present version:
+    its name holds the ETag's hash, and it gets that name only when every byte has been checked.
     """
 
     def __init__(self, settings: Settings, metrics: Metrics | None = None) -> None:
@@ -99,6 +99,11 @@ class ModelStore:
                 self._path = self._fetch_from_s3(self._settings.model_s3_uri, stop or threading.Event())
             return self._path
 
+    def distrust(self) -> None:
+        """The file that was given is none that the engine takes: the next fetch asks S3 whether there is another."""
+        with self._lock:
+            self._path = None
+
     def _fetch_from_s3(self, uri: str, stop: threading.Event) -> Path:
         bucket, _, key = uri.removeprefix("s3://").partition("/")
         directory = self._settings.model_cache_dir
@@ -121,7 +126,7 @@ class ModelStore:
                     return target
         except OSError as error:
             raise ModelError(
-                "model_cache_unusable", f"cannot keep the model in {directory}: {error.strerror}"
+                "model_cache_unusable", f"cannot keep the model in {directory} (MODEL_CACHE_DIR): {error.strerror}"
             ) from error
         raise ModelError("model_replaced", f"{uri} was replaced {COPY_TRIES} times while it was copied", transient=True)
 
@@ -383,6 +388,8 @@ def _head(client: S3Client, bucket: str, key: str) -> _Object:
         raise _unreachable(uri, error) from error
     if head["ContentLength"] == 0:
         raise ModelError("model_corrupted", f"{uri} is empty")
+    if "ETag" not in head:
+        raise ModelError("model_copy_failed", f"{uri}: S3 told no ETag of it, so its version cannot be known")
     return _Object(bucket, key, head["ETag"], head["ContentLength"], _checksums(head, uri))
 
 
@@ -411,10 +418,12 @@ def _client_error(error: Any, uri: str) -> ModelError:
     status, code = _status(error), error.response.get("Error", {}).get("Code", "")
     if status == 404:
         return ModelError("model_not_found", f"{uri} does not exist: no such key, or no such bucket")
-    if status == 403:
+    if status == 403 and code in ("AccessDenied", "403"):  # a HEAD has no code
         reason = "the role may not read it, or it does not exist (without s3:ListBucket, S3 answers 403 for both)"
         return ModelError("model_access_denied", f"{uri}: {reason}")
-    return ModelError("model_copy_failed", f"{uri}: S3 answered {status} {code}", transient=status >= 500)
+    answer = str(status) if code == str(status) else f"{status} {code}"
+    kind = "model_access_denied" if status == 403 else "model_copy_failed"
+    return ModelError(kind, f"{uri}: S3 answered {answer}", transient=status >= 500)
 
 
 def _status(error: Any) -> int:

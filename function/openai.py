@@ -7,6 +7,7 @@ field that is left out has the default of `/completion`, but for the length: an 
 
 from __future__ import annotations
 
+import codecs
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -410,6 +411,7 @@ class _Answer:
     """What the answers of both routes have in common."""
 
     end = "data: [DONE]\n\n"
+    says_cancelled = False
     chunk_kind: str
     kind: str
 
@@ -519,7 +521,7 @@ class TextAnswer(_Answer):
     def __init__(self, identifier: str, request: Request, echoes: Sequence[str] = ()) -> None:
         super().__init__(identifier, request)
         self._echoes = echoes
-        self._offsets: dict[int, int] = {}  # characters sent of each completion
+        self._offsets: dict[int, _Offsets] = {}  # of each completion, in a stream
         self._prompts: list[Any] = []  # the probabilities of each prompt's tokens
 
     def whole(self, done: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
@@ -529,24 +531,22 @@ class TextAnswer(_Answer):
 
     def opening(self, model: str) -> list[dict[str, Any]]:
         """The prompts, if they shall come first."""
-        chunks = []
-        for index in range(self._request.completion.n * len(self._echoes)):
-            self._offsets[index] = len(self._echo(index))
-            chunks.append(self._chunk(model, [self._part(index, self._echo(index))]))
-        return chunks
+        n = self._request.completion.n * len(self._echoes)
+        return [self._chunk(model, [self._part(index, self._echo(index))]) for index in range(n)]
 
     def _choice(self, index: int, done: Mapping[str, Any]) -> dict[str, Any]:
         echo = self._echo(done["index"])
         logprobs = None
         if self._request.logprobs and "probabilities" in done:
             prompt = _with_first(self._prompts[done["index"] // self._request.completion.n], echo)
-            logprobs = _text_logprobs([*prompt, *schema.shown(done)], self._request, 0)
+            logprobs = _text_logprobs([*prompt, *schema.shown(done)], self._request, _Offsets())
         return self._part(index, echo + done["content"], logprobs) | {"finish_reason": _finish_reason(done)}
 
     def _deltas(self, token: Mapping[str, Any]) -> list[dict[str, Any]]:
-        index, offset = token["index"], self._offsets.get(token["index"], 0)
-        self._offsets[index] = offset + len(token["content"])
-        logprobs = _text_logprobs(token["probabilities"], self._request, offset) if token.get("probabilities") else None
+        index, logprobs = token["index"], None
+        if token.get("probabilities"):
+            offsets = self._offsets.setdefault(index, _Offsets(len(self._echo(index))))
+            logprobs = _text_logprobs(token["probabilities"], self._request, offsets)
         return [self._part(index, token["content"], logprobs)]
 
     def _end(self, done: Mapping[str, Any]) -> dict[str, Any]:
@@ -602,13 +602,22 @@ def _with_first(tokens: Sequence[Mapping[str, Any] | None], text: str) -> list[M
     return [{"id": -1, "bytes": list(first), "logprob": None, "top_logprobs": None}, *others]
 
 
-def _text_logprobs(tokens: Sequence[Mapping[str, Any]], request: Request, offset: int) -> dict[str, Any]:
-    """The older shape, of `/v1/completions`. `offset` is where the tokens' text begins, in characters."""
-    texts = [bytes(token["bytes"]).decode(errors="replace") for token in tokens]
-    offsets = []
-    for text in texts:
-        offsets.append(offset)
-        offset += len(text)
+class _Offsets:
+    """Where each token begins, in characters of the text: with the character that it is a part of."""
+
+    def __init__(self, first: int = 0) -> None:
+        self._next = first
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, token: Mapping[str, Any]) -> int:
+        """That of the next token."""
+        offset = self._next
+        self._next += len(self._decoder.decode(bytes(token["bytes"])))
+        return offset
+
+
+def _text_logprobs(tokens: Sequence[Mapping[str, Any]], request: Request, offsets: _Offsets) -> dict[str, Any]:
+    """The older shape, of `/v1/completions`."""
     top = [
         {bytes(other["bytes"]).decode(errors="replace"): other["logprob"] for other in token["top_logprobs"]}
         if token["top_logprobs"] is not None
@@ -616,10 +625,10 @@ def _text_logprobs(tokens: Sequence[Mapping[str, Any]], request: Request, offset
         for token in tokens
     ]
     return {
-        "tokens": texts,
+        "tokens": [bytes(token["bytes"]).decode(errors="replace") for token in tokens],
         "token_logprobs": [token["logprob"] for token in tokens],
         "top_logprobs": top if request.completion.n_probs else None,
-        "text_offset": offsets,
+        "text_offset": [offsets.of(token) for token in tokens],
     }
 
 

@@ -166,10 +166,12 @@ def document(settings: Settings) -> dict[str, Any]:
     model = {"name": "model", "in": "path", "required": True, "schema": _STRING}
     piece = {"anyOf": [_STRING, {"type": "array", "items": _COUNT}]}
     tokens = {"type": "array", "items": {"anyOf": [_COUNT, _object({"id": _COUNT, "piece": piece})]}}
+    page = {"/": {"get": _get("A page to talk to the model.", _STRING, "text/html")}} if settings.serve_page else {}
     return {
         "openapi": "3.1.0",
         "info": {"title": "BitNet Lambda", "version": VERSION, "license": {"name": "Apache-2.0"}},
-        "paths": {
+        "paths": page
+        | {
             "/completion": {
                 "post": _post("Continue a text, as llama.cpp does.", completion, _COMPLETIONS, streams=True)
             },

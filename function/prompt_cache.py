@@ -82,8 +82,10 @@ class PromptCache:
                 share_s = None if left_s is None else left_s * DOWNLOAD_SHARE
                 self._copy("a prompt's cache cannot be copied from S3", partial(self._download, path), share_s)
             with self._lock:
-                save = path in self._useless or not path.exists()
-                self._useless.discard(path)
+                if path in self._useless:
+                    self._useless.discard(path)
+                    path.unlink(missing_ok=True)  # or the engine might take its first bytes for those of this prompt
+                save = not path.exists()
         except Exception as error:
             _log("a prompt's cache cannot be read", error)
             return None

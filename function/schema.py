@@ -427,7 +427,7 @@ class Object:
 N_PREDICT = Integer(-1, INT32_MAX)
 TEMPERATURE = Number(0, 100)
 TOP_K = Integer(0, INT32_MAX)
-TOP_P = Number(0, 1, low_included=False)
+TOP_P = Number(0, 1)
 MIN_P = Number(0, 1)
 REPEAT_PENALTY = Number(0, 100, low_included=False)
 REPEAT_LAST_N = Integer(-1, INT32_MAX)
@@ -724,6 +724,7 @@ class Answer(Protocol):
     """
 
     end: str  # of a stream, after the events
+    says_cancelled: bool  # whether it has a word for what ended before its time
 
     def whole(self, done: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any] | list[dict[str, Any]]:
         """The JSON answer, of all completions in the order of their index."""
@@ -745,6 +746,7 @@ class LlamaAnswer:
     """The answer to `/completion`, whole or in pieces, as llama.cpp gives it."""
 
     end = ""
+    says_cancelled = True
 
     def __init__(self, request: CompletionRequest) -> None:
         self._request = request
@@ -779,9 +781,12 @@ class LlamaAnswer:
 def shown(event: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The `probabilities` of a `token` or `done` event, as a stream gives them: without tokens behind the text's end.
 
-    A stop string ends the text before the tokens that spell it; the one in which it begins may belong to both.
+    A stop string ends the text before the tokens that spell it; the one in which it begins may belong to both. The
+    token that says that the text ends is none of it.
     """
     tokens: Sequence[Mapping[str, Any]] = event.get("probabilities") or ()
+    if event.get("stop_type") == "eos" and tokens and not tokens[-1]["bytes"]:
+        return tokens[:-1]
     if event.get("stop_type") != "word":
         return tokens
     decoder = codecs.getincrementaldecoder("utf-8")("replace")

@@ -54,12 +54,15 @@ def _text(_name: str, text: str) -> str:
     return text
 
 
-def _path(_name: str, text: str) -> Path:
-    return Path(text).expanduser()
+def _path(name: str, text: str) -> Path:
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:
+        raise SettingsError(f"'{name}' must be a path, got that of an unknown user, {schema.describe(text)}") from None
 
 
 def _s3_uri(name: str, text: str) -> str:
-    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/.+", text):
+    if not re.fullmatch(r"s3://[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]/[^\n\ud800-\udfff]+", text):
         raise SettingsError(f"'{name}' must be s3://bucket/key, got {schema.describe(text)}")
     return text
 
@@ -104,7 +107,7 @@ class Settings:
 
     bitnet_cli: Annotated[Path, _path] = ROOT / "build" / "out" / "bitnet"
     """The engine's executable."""
-    ctx_size: Annotated[int, _within(schema.Integer(0, schema.INT32_MAX))] = 0
+    ctx_size: Annotated[int, _within(schema.Integer(0, 2**30))] = 0
     """Context in tokens, prompt and answer together. 0: the model's, at most 2048; above the model's is an error."""
     threads: Annotated[int, _within(schema.Integer(0, 256))] = 0
     """Threads of the engine. 0: on Lambda as many as the memory setting pays for, elsewhere the engine's own choice."""

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 # Spaces as json.dumps writes them. Were all white space allowed, a model could go on writing nothing else.
 JSON_STYLE: dict[str, Any] = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
 JSON_OPTIONS = JSON_STYLE | {"lenient": False, "coerce_one_of": False}  # whatever a schema's x-guidance says
+NO_TEXT = "NoExtensionBias <non-verbose/>"  # llguidance's words for it
 MAX_ERROR_CHARACTERS = 300
 # llguidance calls itself for each rule within a rule: 256 KiB of rules that lead one to the next take up to 256 MB.
 STACK_BYTES = 512 * 2**20  # of address space; memory is what is used, while it is used
@@ -171,5 +172,5 @@ def refusal(field: str, reason: str) -> ApiError:
 
 
 def _short(text: str) -> str:
-    line = " ".join(text.split())
+    line = " ".join(text.split()).replace(NO_TEXT, "no text can be what it asks for")
     return line if len(line) <= MAX_ERROR_CHARACTERS else f"{line[:MAX_ERROR_CHARACTERS]}…"

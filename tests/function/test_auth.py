@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import socket
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -111,6 +113,31 @@ def test_a_key_in_secrets_manager(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets: Any = boto3.client("secretsmanager")
     monkeypatch.setenv("API_KEY_ARN", secrets.create_secret(Name="bitnet/api-key", SecretString=KEY)["ARN"])
     assert (ask(f"Bearer {KEY}")[0], ask(f"Bearer {KEY}x")[0]) == (200, 401)
+
+
+def test_a_secret_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    secrets: Any = boto3.client("secretsmanager")
+    monkeypatch.setenv("API_KEY_ARN", secrets.create_secret(Name="text", SecretBinary=KEY.encode())["ARN"])
+    assert (ask(f"Bearer {KEY}")[0], ask(f"Bearer {KEY}x")[0]) == (200, 401)
+    application.cache_clear()
+    monkeypatch.setenv("API_KEY_ARN", secrets.create_secret(Name="no text", SecretBinary=b"\xff")["ARN"])
+    status, body = ask(f"Bearer {KEY}")
+    assert (status, body["error"]["code"]) == (500, "api_key_unavailable")
+
+
+def test_who_keeps_the_key_does_not_answer(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The request is answered before its deadline all the same."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("AWS_ENDPOINT_URL_SSM", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        monkeypatch.setenv("API_KEY_ARN", "arn:aws:ssm:eu-west-1:123456789012:parameter/bitnet-key")
+        api = application().api
+        event = url_event("", path="/props", method="GET", headers={"authorization": f"Bearer {KEY}"})
+        deadline = time.monotonic() + 2
+        reply = api.http(event, Call("1", deadline))
+        assert time.monotonic() < deadline
+    assert isinstance(reply["body"], str)
+    assert (reply["statusCode"], json.loads(reply["body"])["error"]["code"]) == (503, "api_key_unavailable")
+    assert reply["headers"]["retry-after"] == "1"
 
 
 @pytest.mark.parametrize(

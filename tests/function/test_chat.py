@@ -310,3 +310,12 @@ def test_text_of_the_model_cannot_command_the_terminal() -> None:
     assert "<b>bold</b>" in shown
     assert "<i>x</i>" in re.sub(r"\x1b\[[0-9;]*m", "", shown)
     assert re.search(r"one *\ntwo", shown)
+
+
+def test_what_was_typed_is_kept_where_there_is_a_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    chat_module._history().append_string("A king?")
+    assert list(chat_module._history().load_history_strings()) == ["A king?"]
+    assert (tmp_path / "bitnet-lambda" / "history").stat().st_mode & 0o077 == 0
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "bitnet-lambda" / "history"))  # which is no folder
+    assert list(chat_module._history().load_history_strings()) == []

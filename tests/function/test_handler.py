@@ -519,11 +519,40 @@ def test_an_engine_that_hangs_is_ended_at_the_deadline() -> None:
     assert not alive(hung)
 
 
+def test_an_engine_that_does_not_even_read_is_ended_at_the_deadline() -> None:
+    """The prompt is larger than what a pipe holds."""
+    post({"prompt": "a", "n_predict": 1})
+    hung = the_engine()
+    os.kill(hung, signal.SIGSTOP)
+    with ThreadPoolExecutor(2) as threads:
+        large = threads.submit(invoke, {"prompt": "a " * 100_000}, remaining_ms=2500)
+        time.sleep(0.2)
+        small = threads.submit(invoke, {"prompt": "a", "n_predict": 1})
+        assert large.result(60)["error"]["code"] == "engine_hung"
+        assert small.result(60)["tokens_predicted"] == 1  # by another engine
+    assert not alive(hung)
+
+
+def test_an_engine_that_never_becomes_ready_is_ended(
+    setup: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sleeper = tmp_path / "sleeper"
+    sleeper.write_text("#!/bin/sh\nexec sleep 600\n")
+    sleeper.chmod(0o700)
+    monkeypatch.setattr("function.engine.START_TIMEOUT_S", 0.5)
+    setup(BITNET_CLI=sleeper)
+    status, body = post({"prompt": "a"})
+    assert (status, body["error"]["code"]) == (500, "engine_start_failed")
+    assert body["error"]["message"] == "the engine was not ready after 0.5 s and was ended"
+    assert engines(os.getpid()) == set()
+
+
 def test_an_engine_is_not_ended_for_a_request_that_comes_too_late() -> None:
     post({"prompt": "a", "n_predict": 1})
     asked = the_engine()
     error = invoke({"prompt": "a"}, remaining_ms=0)["error"]
     assert (error["status"], error["code"]) == (503, "too_late")
+    assert "DEADLINE_MARGIN_MS" in error["message"]
     assert post({"prompt": "a", "n_predict": 1})[0] == 200
     assert the_engine() == asked
 
@@ -533,9 +562,9 @@ def test_an_engine_is_not_ended_for_a_request_that_comes_too_late() -> None:
     [
         ({"MODEL_PATH": "/nowhere/m.gguf"}, "engine_start_failed", "/nowhere/m.gguf"),
         ({"MODEL_PATH": __file__}, "engine_start_failed", "GGUF"),
-        ({"CTX_SIZE": "100000"}, "engine_start_failed", "256"),
+        ({"CTX_SIZE": "100000"}, "engine_start_failed", "CTX_SIZE 100000 is above the model's context length of 256"),
         ({"BITNET_CLI": "/nowhere/bitnet"}, "engine_start_failed", "cannot run /nowhere/bitnet: No such file"),
-        ({"BITNET_CLI": "/bin/true"}, "engine_start_failed", "exit code 0"),
+        ({"BITNET_CLI": "/bin/true"}, "engine_start_failed", "the engine ended before it was ready (exit code 0)"),
         ({"BITNET_CLI": "/bin/echo"}, "engine_start_failed", ""),
         ({"MODEL_S3_URI": "s3://models/missing"}, "model_not_found", "s3://models/missing does not exist"),
     ],
@@ -555,6 +584,20 @@ def test_what_can_be_mended_is_tried_again(setup: Setup, tmp_path: Path, demo_mo
     setup(MODEL_PATH=tmp_path / "m.gguf")
     assert post({"prompt": "a"})[0] == 500
     (tmp_path / "m.gguf").symlink_to(demo_model)
+    assert post({"prompt": "a", "n_predict": 1})[0] == 200
+
+
+def test_an_object_that_the_engine_does_not_take_can_be_replaced(
+    setup: Setup, tmp_path: Path, demo_model: Path, s3: Any
+) -> None:
+    uri = s3.put("m.gguf", b"no model")
+    setup(MODEL_S3_URI=uri, MODEL_CACHE_DIR=tmp_path)
+    for _ in range(2):
+        status, body = post({"prompt": "a"})
+        assert (status, body["error"]["code"]) == (500, "engine_start_failed")
+        assert body["error"]["message"].endswith(f"; the model is a copy of {uri}")
+    assert s3.count("GET") == 1  # it is the same object still
+    s3.put("m.gguf", demo_model.read_bytes())
     assert post({"prompt": "a", "n_predict": 1})[0] == 200
 
 

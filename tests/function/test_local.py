@@ -303,6 +303,8 @@ def test_a_body_that_lambda_would_not_take(server: Server) -> None:
         ("HEAD", "/completion", 405),
         ("HEAD", "/nowhere", 404),
         ("GET", "/%ff%00", 404),
+        ("GET", "/v1/models/a%22%3F%23%5C%60%0A%ff/b", 404),
+        ("GET", "/v1/models/bitnet%2Dfairy%2Dtales", 200),
         ("GET", "/health?x=1", 200),
         ("PROPFIND", "/x", 404),
     ],

@@ -317,6 +317,31 @@ def test_a_missing_object_or_bucket(store: Store, cache: Path, uri: str) -> None
     assert models(cache) == []
 
 
+@pytest.mark.parametrize("code", ["InvalidObjectState", "RequestTimeTooSkewed"])
+def test_another_reason_for_a_refusal_is_told(s3: S3, store: Store, code: str) -> None:
+    def refuse(request: Request, answer: Answer) -> None:
+        if request.method == "GET":
+            answer.status, answer.body = 403, f"<Error><Code>{code}</Code></Error>".encode()
+
+    uri = s3.put("m.gguf", MODEL)
+    s3.fault = refuse
+    error = failure(store(uri))
+    assert (error.code, str(error)) == ("model_access_denied", f"{uri}: S3 answered 403 {code}")
+
+
+def test_a_store_without_versions_is_none(s3: S3, store: Store) -> None:
+    def forget(_: Request, answer: Answer) -> None:
+        answer.headers = {name: value for name, value in answer.headers.items() if name.lower() != "etag"}
+
+    uri = s3.put("m.gguf", MODEL)
+    s3.fault = forget
+    error = failure(store(uri))
+    assert (error.code, str(error)) == (
+        "model_copy_failed",
+        f"{uri}: S3 told no ETag of it, so its version cannot be known",
+    )
+
+
 @pytest.mark.parametrize("method", ["HEAD", "GET"])
 def test_no_permission(s3: S3, store: Store, cache: Path, method: str) -> None:
     def forbid(request: Request, answer: Answer) -> None:

@@ -8,6 +8,7 @@ import math
 import os
 import signal
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -286,6 +287,32 @@ def test_an_engine_that_dies_is_an_error_of_the_stream(tmp_path: Path, endless_m
         assert (caught.value.code, caught.value.type) == ("engine_died", "server_error")
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_what_a_signal_cuts_is_an_error(tmp_path: Path, endless_model: Path, number: signal.Signals) -> None:
+    """Not an answer that is as long as it was to be: a client shall ask again."""
+    request = {"model": MODEL, "messages": [USER], "ignore_eos": True}
+    with Server(tmp_path / "log", MODEL_PATH=endless_model, CTX_SIZE=32_768) as server, connect(server) as client:
+        eventually(lambda: server.health()[0] == 200)
+        stream = client.chat.completions.create(
+            model=MODEL, messages=[USER], stream=True, extra_body={"ignore_eos": True}
+        )
+        next(stream)
+        with ThreadPoolExecutor(2) as threads:
+            chat = threads.submit(post, server, "/v1/chat/completions", request)
+            text = threads.submit(
+                post, server, "/v1/completions", {"prompt": "a", "max_tokens": -1, "ignore_eos": True}
+            )
+            eventually(lambda: server.in_flight() == 3)
+            server.process.send_signal(number)
+            for answer in (chat, text):
+                status, body = answer.result(60)
+                assert (status, body["error"]["code"]) == (503, "stopping")
+        with pytest.raises(openai.APIError, match="stopping") as caught:
+            list(stream)
+        assert caught.value.code == "stopping"
+        assert server.process.wait(60) == 0
+
+
 def test_who_closes_a_stream_ends_it(tmp_path: Path, endless_model: Path) -> None:
     with Server(tmp_path / "log", MODEL_PATH=endless_model, CTX_SIZE=32_768) as server, connect(server) as client:
         eventually(lambda: server.health()[0] == 200)
@@ -428,6 +455,55 @@ def test_log_probabilities_of_a_text(client: openai.OpenAI) -> None:
     (chosen,) = client.completions.create(**request, logprobs=0).choices
     assert chosen.logprobs is not None
     assert (chosen.logprobs.top_logprobs, chosen.logprobs.token_logprobs) == (None, logprobs.token_logprobs)
+
+
+def streamed_logprobs(client: openai.OpenAI, request: dict[str, Any]) -> tuple[list[str], list[int]]:
+    tokens: list[str] = []
+    offsets: list[int] = []
+    for chunk in client.completions.create(**request, stream=True):
+        for choice in chunk.choices:
+            if choice.logprobs:
+                tokens += choice.logprobs.tokens or []
+                offsets += choice.logprobs.text_offset or []
+    return tokens, offsets
+
+
+def test_offsets_are_those_of_characters(client: openai.OpenAI) -> None:
+    """Also of those that several tokens spell, and while a part of a stop string is held back."""
+    echoed: dict[str, Any] = {"prompt": "a🎉é b", "echo": True, "max_tokens": 2}
+    spelled: dict[str, Any] = {"prompt": "x", "max_tokens": 6, "seed": 3, "logit_bias": {"127": 100, "102": 100}}
+    held: dict[str, Any] = {"prompt": "\n\n", "max_tokens": 5, "temperature": 0, "stop": ["e w", "re", "ou"]}
+    for request in ({"temperature": 0} | echoed, spelled, held):
+        request |= {"model": MODEL, "logprobs": 0}
+        (choice,) = client.completions.create(**request).choices
+        assert choice.logprobs is not None
+        tokens, offsets = choice.logprobs.tokens or [], choice.logprobs.text_offset or []
+        assert offsets == sorted(offsets)
+        for token, offset in zip(tokens, offsets, strict=True):
+            assert "\ufffd" in token or choice.text[offset:].startswith(token) or token.startswith(choice.text[offset:])
+        if "echo" not in request:
+            assert (tokens, offsets) == streamed_logprobs(client, request)
+
+
+def test_the_end_of_a_text_is_none_of_its_tokens(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once upon", "max_tokens": 200, "temperature": 1.5}
+    for seed in range(50):
+        (choice,) = client.completions.create(**request, logprobs=0, seed=seed).choices
+        if choice.finish_reason == "stop":
+            break
+    assert choice.finish_reason == "stop"
+    assert choice.logprobs is not None
+    assert "" not in (choice.logprobs.tokens or [])
+    assert "".join(choice.logprobs.tokens or []) == choice.text
+    assert choice.logprobs.tokens == streamed_logprobs(client, request | {"logprobs": 0, "seed": seed})[0]
+
+
+def test_the_best_token_alone(client: openai.OpenAI) -> None:
+    request: dict[str, Any] = {"model": MODEL, "prompt": "Once upon a time", "max_tokens": 8}
+    texts = {
+        client.completions.create(**request, top_p=0, temperature=2, seed=seed).choices[0].text for seed in range(5)
+    }
+    assert texts == {client.completions.create(**request, temperature=0).choices[0].text}
 
 
 def test_log_probabilities_of_an_echoed_prompt(client: openai.OpenAI) -> None:

@@ -145,6 +145,24 @@ def test_a_damaged_file_costs_nothing_but_its_use(settings: Settings, spoil: str
         assert "restored" in ask(NAMED | {"prompt": "B" + SYSTEM})["cache_file"]
 
 
+@pytest.mark.parametrize("size", [0, -1])
+def test_a_damaged_object_is_replaced_though_the_prompt_stays_the_same(
+    settings: Settings, s3: S3, tmp_path: Path, size: int
+) -> None:
+    settings = replace(settings, prompt_cache_s3_uri=f"s3://{BUCKET}/prompts")
+    with environment(settings) as ask:
+        ask(NAMED)
+    (name,) = objects(s3)
+    data = files(settings)[0].read_bytes()
+    s3.client().put_object(Bucket=BUCKET, Key=name, Body=data[:size])
+    elsewhere = replace(settings, prompt_cache_dir=tmp_path / "elsewhere")
+    with environment(elsewhere) as ask:
+        assert ask(NAMED)["cache_file"] == "invalid"
+        assert ask(NAMED)["cache_file"] == "saved"
+    with environment(replace(settings, prompt_cache_dir=tmp_path / "anywhere")) as ask:
+        assert ask(NAMED)["cache_file"] == "restored"
+
+
 def test_the_file_of_another_type_of_cache_is_another_one(settings: Settings) -> None:
     with environment(settings) as ask:
         ask(NAMED)

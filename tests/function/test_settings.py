@@ -64,7 +64,9 @@ def test_every_setting_is_read() -> None:
     ("name", "text", "says"),
     [
         ("SERVE_PAGE", "yes", "'SERVE_PAGE' must be one of true, false, got \"yes\""),
-        ("CTX_SIZE", "-1", "'CTX_SIZE' must be from 0 to 2147483647, got -1"),
+        ("CTX_SIZE", "-1", "'CTX_SIZE' must be from 0 to 1073741824, got -1"),
+        ("MODEL_PATH", "~nosuch/x", "'MODEL_PATH' must be a path, got that of an unknown user, \"~nosuch/x\""),
+        ("MODEL_S3_URI", "s3://bucket/\udcff", "'MODEL_S3_URI' must be s3://bucket/key"),
         ("CTX_SIZE", "many", "'CTX_SIZE' must be an integer, got \"many\""),
         ("TEMPERATURE", "nan", "'TEMPERATURE' must be from 0 to 100, got nan"),
         ("TEMPERATURE", "warm", "'TEMPERATURE' must be a number, got \"warm\""),

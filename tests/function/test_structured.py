@@ -171,6 +171,11 @@ LARK = '%llguidance {}\nstart: "a" | "b"'
         (r"root ::= [\x2d\x5ea&&~b]+", "^~&-b", True),
         ('root ::= start "c"{0} ("b" ("c")*) {0, 0}\nstart ::= "a" .', "a\n", True),
         ('root ::= a-b a_b aB A_B\na-b ::= "1"\na_b ::= "2"\naB ::= "3" # "4"\nA_B ::= "4"', "1234", True),
+        ('root ::= ([a-c]+)* "z"', "abcz", True),
+        ('root ::= ([a-c]+)* "z"', "abc", False),
+        ('root ::= ("a"{2}){3}', "aaaaaa", True),
+        ('root ::= ("a"{2}){3}', "aaaaa", False),
+        ('root ::= (("a")+)? ([bc]?) + ("d"*)+', "aabcdd", True),
         (LARK, "b", True),
         (LARK, "c", False),
     ],
@@ -196,6 +201,8 @@ MANY = {"type": "object", "properties": {f"p{number}": {"type": "null"} for numb
         (Structure("gbnf", 'root ::= "a', "grammar"), "Unexpected end of input"),
         (Structure("gbnf", "root ::= " + "[" * 200_000, "grammar"), "Unexpected end of input"),
         (Structure("gbnf", "::= a", "grammar"), "Expected name"),
+        (Structure("gbnf", '"a" "b"', "grammar"), "a grammar is made of rules 'name ::= …', and here is none"),
+        (Structure("gbnf", "root ::= root", "grammar"), "no text can be what it asks for"),
         (Structure("gbnf", r'root ::= "\ud800"', "grammar"), "unexpected end of hex escape"),
         (Structure("gbnf", 'root ::= <[100]> "a"', "grammar"), "Expected name"),
         (Structure("gbnf", 'root ::= "a"\n' * 5001, "grammar"), "at most 5000 rules, got 5001"),
@@ -322,10 +329,6 @@ def objects(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.builds(made, st.dictionaries(NAMES, items, max_size=3), st.sets(NAMES))
 
 
-def alternatives(items: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
-    return st.lists(items, min_size=1, max_size=3).map(lambda kinds: {"anyOf": kinds})
-
-
 SCHEMAS = st.recursive(
     SIMPLE,
     lambda inner: (
@@ -382,6 +385,15 @@ def test_a_bias_that_forbids_all_that_is_left_is_refused(api: Api) -> None:
     error = json.loads(reply["body"])["error"]
     assert (reply["statusCode"], error["param"]) == (400, "json_schema")
     assert error["message"] == "'json_schema' allows nothing here but what 'logit_bias' or 'ignore_eos' forbids"
+
+
+def test_a_bias_that_forbids_the_only_token_is_refused(api: Api) -> None:
+    """Such a token is not even asked for, as a rule."""
+    reply = api.http(
+        url_event({"prompt": "A king", "json_schema": {"const": 1}, "logit_bias": [["1", False]]}), Call("1")
+    )
+    assert isinstance(reply["body"], str)
+    assert (reply["statusCode"], json.loads(reply["body"])["error"]["param"]) == (400, "json_schema")
 
 
 @pytest.mark.parametrize("cut", [1, 3, 10])

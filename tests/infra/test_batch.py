@@ -29,7 +29,7 @@ from tests.infra.test_stacks import create
 
 pytestmark = pytest.mark.usefixtures("engine_path")
 
-ACCOUNT, REGION, BUCKET, STACK = "123456789012", "us-east-1", "batches", "bitnet-batch"
+ACCOUNT, REGION, BUCKET = "123456789012", "us-east-1", "batches"
 PROMPTS = 10_000
 POISON: list[Any] = [{"prompt": 7}, {"prompt": "a", "n_predict": "many"}, "no object", {"prompt": "tale " * 500}, {}]
 Handler = Callable[[Any], Any]

@@ -62,7 +62,7 @@ def test_lines_that_are_wrong_are_named(tmp_path: Path) -> None:
         ({"prompt": 5}, "'prompt' must be"),
         ({"url": "/health", "body": {}}, "'url' must be one of"),
         ({"prompt": "tale " * 1000}, "the prompt has 1003 tokens"),
-        ({"prompt": "a", "top_p": 7}, "'top_p' must be above 0 to 1, got 7"),
+        ({"prompt": "a", "top_p": 7}, "'top_p' must be from 0 to 1, got 7"),
         ({"prompt": "a", "colour": "red"}, 'unknown field "colour"'),
         ({"url": chat, "body": CHAT | {"n": 99}}, "'n' must be from 1 to 16, got 99"),
         ({"url": chat, "body": CHAT | {"model": "gpt"}}, 'there is no model "gpt"'),
