@@ -24,7 +24,7 @@ INFRA_TEMPLATES := $(OUT)/template.json $(wildcard infra/*.yaml)
 
 .PHONY: help
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 .PHONY: run
 run: cli ## serve the demo model (or MODEL_PATH) at http://localhost:8080 (or PORT)
@@ -66,6 +66,7 @@ IMAGE ?= bitnet-lambda
 NAME ?= bitnet
 PORT ?= 8080
 MODELS ?= $(wildcard models)
+MODELS_AT = $(if $(filter /%,$(MODELS)),$(MODELS),$(CURDIR)/$(MODELS))
 CONTAINER_RUN := build/image/container
 
 .PHONY: image
@@ -80,7 +81,7 @@ serve-image: ## serve with the image at http://localhost:8080 (or PORT), with th
 	@$(CONTAINER_RUN) image inspect $(IMAGE) >/dev/null 2>&1 || $(MAKE) image
 	@$(CONTAINER_RUN) rm --force $(NAME) >/dev/null 2>&1 || true
 	@$(CONTAINER_RUN) run --detach --name $(NAME) --publish 127.0.0.1:$(PORT):8080 --read-only --tmpfs /tmp \
-	    --cap-drop ALL --security-opt no-new-privileges $(if $(MODELS),--volume $(abspath $(MODELS)):/models:ro) \
+	    --cap-drop ALL --security-opt no-new-privileges $(if $(MODELS),--volume "$(MODELS_AT):/models:ro") \
 	    $(if $(MODEL_PATH),--env MODEL_PATH) $(IMAGE) serve >/dev/null
 	@echo "$(NAME): http://127.0.0.1:$(PORT) (make logs, make stats, make stop)"
 
@@ -130,7 +131,7 @@ download: setup-hub ## download the model to ./models (1.19 GB; no AWS account n
 
 .PHONY: verify-model
 verify-model: cli ## is MODEL_FILE (default: what `make download` gives) what it should be? Size, tensors, perplexity, answers, speed
-	@$(BIN)/python build/model/verify.py $(MODEL_FILE) $(if $(EXPECTATIONS),--expectations $(EXPECTATIONS))
+	@$(BIN)/python build/model/verify.py "$(MODEL_FILE)" $(if $(EXPECTATIONS),--expectations "$(EXPECTATIONS)")
 
 .PHONY: model
 model: setup-hub cli ## download, verify and pack the model and upload it to BUCKET (default: that of infra/model-bucket.yaml)
@@ -167,7 +168,7 @@ check-infra: setup-test setup-infra cli ## the workflows, and the templates: exp
 
 # The rates are those of docs/performance.md (packed, AVX2), of two processors and not of Lambda: read your own off the dashboard.
 TOKENS_PER_S ?= 70
-PROMPT_TOKENS_PER_S ?= 286
+PROMPT_TOKENS_PER_S ?= 276
 .PHONY: batch-estimate
 batch-estimate: cli ## what computing FILE, a JSONL of prompts, will cost (MODEL_PATH, TOKENS_PER_S, PROMPT_TOKENS_PER_S, MEMORY, …)
 	@[ -n "$(FILE)" ] || { echo "batch-estimate: FILE=prompts.jsonl is needed" >&2; exit 2; }
@@ -177,7 +178,7 @@ batch-estimate: cli ## what computing FILE, a JSONL of prompts, will cost (MODEL
 
 .PHONY: bench
 bench: cli setup-bench ## measure the engine with a full-size random model (or MODEL): tables, and a plot in build/out/bench (half an hour)
-	@$(OUT)/venv-bench/bin/python build/bench/bench.py $(if $(MODEL),--model $(MODEL)) --threads $(JOBS) --rounds $(or $(ROUNDS),3)
+	@$(OUT)/venv-bench/bin/python build/bench/bench.py $(if $(MODEL),--model "$(MODEL)") --threads $(JOBS) --rounds $(or $(ROUNDS),3)
 
 .PHONY: clean
 clean: ## remove build/out, .venv and caches

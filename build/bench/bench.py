@@ -211,4 +211,7 @@ def finish(axes: Axes, title: str, x_label: str, *, from_zero: bool = True) -> N
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -86,7 +86,7 @@ else
   say "not a Debian or Ubuntu machine; needed here are g++ ≥ 12, make, CMake, Python ≥ 3.11 with venv, a static glibc and PCRE2 (8 bit)," \
     "nlohmann-json, CLI11 and, for the tests, doctest and qemu-x86_64 (Debian's names: ${packages[*]} python3-venv)"
 fi
-[ -n "$python" ] || fail "Python 3.11 or newer is needed, found $(python3 --version 2>&1 || true); set PYTHON=/path/to/python3"
+[ -n "$python" ] || fail "Python 3.11 or newer is needed, found $("${PYTHON:-python3}" --version 2>/dev/null || echo none); set PYTHON=/path/to/python3"
 
 if ! .venv/bin/python -m pip --version >/dev/null 2>&1; then
   say "making .venv with $("$python" --version)"
