@@ -430,8 +430,9 @@ def _routed(event: dict[str, Any]) -> dict[str, Any]:
     HEAD is GET, but for the body of the answer, which whoever sends it leaves out.
     """
     context = event["requestContext"]
-    http, stage = context["http"], context.get("stage", "$default")
-    path = event["rawPath"] if stage == "$default" else event["rawPath"].removeprefix(f"/{stage}")
+    http, stage, path = context["http"], context["stage"], event["rawPath"]
+    if stage != "$default":
+        path = path.removeprefix(f"/{stage}") or "/"
     raw_path = MODELS + quote(path.removeprefix(MODELS), safe="", errors="replace") if path.startswith(MODELS) else path
     method = "GET" if http["method"] == "HEAD" else http["method"]
     context = context | {"stage": "$default", "http": http | {"method": method, "path": path}}

@@ -283,6 +283,33 @@ def test_head_is_get_without_the_body() -> None:
     assert (reply["statusCode"], reply["headers"]["content-type"], reply["body"]) == (200, "application/json", "")
 
 
+@pytest.mark.parametrize(
+    ("method", "path", "status"),
+    [
+        ("POST", "/prod/completion", 200),
+        ("GET", "/prod/completion", 405),
+        ("GET", "/prod/v1/models/bitnet-fairy-tales", 200),
+        ("GET", "/prod/health", 200),
+        ("GET", "/prod/props", 401),
+        ("GET", "/prod", 404),
+    ],
+)
+def test_the_stage_of_an_http_api_is_no_part_of_the_path(setup: Setup, method: str, path: str, status: int) -> None:
+    """https://docs.aws.amazon.com/apigateway/latest/developerguide/http-api-stages.html"""
+    setup(API_KEY="sesame")
+    event = url_event({"prompt": "a", "n_predict": 1} if method == "POST" else "", path=path, method=method)
+    event["requestContext"]["stage"] = "prod"
+    if status != 401 and "health" not in path:  # for which nobody needs a key
+        event["headers"]["authorization"] = "Bearer sesame"
+    reply = invoke(event)
+    assert reply["statusCode"] == status, reply["body"]
+
+
+@pytest.mark.parametrize("path", ["/v1/models/bitnet-fairy-tales", "/v1/models/bitnet%2Dfairy%2Dtales"])
+def test_the_name_of_a_model_may_be_escaped(path: str) -> None:
+    assert post("", path=path, method="GET")[0] == 200
+
+
 def test_health_tells_the_state_and_loads_nothing() -> None:
     health = {"path": "/health", "method": "GET"}
     assert post("", **health) == (200, {"status": "ok", "model": "not_loaded"})
