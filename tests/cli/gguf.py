@@ -8,6 +8,13 @@ from dataclasses import dataclass
 KEY_TYPES = {"u32": 4, "f32": 6, "string": 8}
 
 
+def _entry(name: str, value: str | float) -> bytes:
+    head = struct.pack("<Q", len(name)) + name.encode()
+    if isinstance(value, str):
+        return head + struct.pack("<IQ", KEY_TYPES["string"], len(value)) + value.encode()
+    return head + struct.pack("<If", KEY_TYPES["f32"], value)
+
+
 @dataclass
 class Gguf:
     """The bytes of a GGUF file, to be changed in single places."""
@@ -24,6 +31,15 @@ class Gguf:
         assert len(old) == len(new)
         end = self.end_of(old)
         self.data[end - len(old) : end] = new.encode()
+
+    def add_keys(self, *keys: tuple[str, str | float]) -> None:
+        """Keys of type f32 or string, and one more, so that the data behind them stays aligned."""
+        entries = b"".join(_entry(name, value) for name, value in keys)
+        filler = _entry("test.filler", "")
+        entries += _entry("test.filler", "x" * (-(len(entries) + len(filler)) % 32))
+        (n_keys,) = struct.unpack_from("<Q", self.data, 16)
+        struct.pack_into("<Q", self.data, 16, n_keys + len(keys) + 1)
+        self.data[24:24] = entries
 
     def set_u32(self, position: int, value: int) -> None:
         struct.pack_into("<I", self.data, position, value)

@@ -256,6 +256,21 @@ WRONG_MODELS: dict[str, tuple[Change, int, list[str]]] = {
         INVALID,
         [f"{ARCHITECTURE}.rope.freq_base is 0.5, expected 1 to 1e12"],
     ),
+    "scaling of positions": (
+        lambda gguf: gguf.add_keys((f"{ARCHITECTURE}.rope.scaling.type", "yarn")),
+        UNSUPPORTED,
+        [f'{ARCHITECTURE}.rope.scaling.type "yarn" is not supported'],
+    ),
+    "scaling out of range": (
+        lambda gguf: gguf.add_keys((f"{ARCHITECTURE}.rope.scaling.factor", 0.5)),
+        INVALID,
+        [f"{ARCHITECTURE}.rope.scaling.factor is 0.5, expected 1 to 1e6"],
+    ),
+    "scaling that is no number": (
+        lambda gguf: gguf.add_keys((f"{ARCHITECTURE}.rope.scaling.factor", "4")),
+        INVALID,
+        [f"{ARCHITECTURE}.rope.scaling.factor"],
+    ),
     "dimensions out of range": (
         lambda gguf: gguf.set_key(f"{ARCHITECTURE}.rope.dimension_count", 2048),
         INVALID,

@@ -16,12 +16,15 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import pytest
 
 from convert import convert
 from tests.cli.engine_logits import engine_logits
+from tests.cli.gguf import Gguf
 from tests.golden.cases import GoldenLogits, logits_names, relative_rms
 from tests.golden.random_models import RANDOM_MODELS, write_checkpoint
+from tests.golden.reference import Reference
 
 EXACT_TOLERANCE = 2e-6
 ROUNDING_TOLERANCE = 0.05
@@ -81,6 +84,30 @@ def test_logits_agree_with_transformers(
     assert (np.abs(log_sum_exp - golden.log_sum_exp) / rms < tolerance).all()
     below_best = logits.max(axis=-1) - logits[np.arange(len(logits)), golden.best]
     assert (below_best / rms < tolerance).all()
+
+
+SCALING_TYPE, SCALING_FACTOR = "bitnet-b1.58.rope.scaling.type", "bitnet-b1.58.rope.scaling.factor"
+
+
+def test_positions_are_scaled(engine_path: Path, gguf: Gguf, tmp_path: Path) -> None:
+    """As llama.cpp does it: linearly, if nothing else is said. Its converter writes linear scaling by 1."""
+    tokens = GoldenLogits.load("demo.story").tokens.tolist()[:40]
+
+    def logits(*keys: tuple[str, str | float]) -> npt.NDArray[np.float32]:
+        changed = Gguf(bytearray(gguf.data))
+        changed.add_keys(*keys)
+        model = tmp_path / "model.gguf"
+        model.write_bytes(changed.data)
+        return engine_logits(engine_path, model, tokens, tmp_path / "logits")
+
+    plain = logits()
+    assert (logits((SCALING_TYPE, "linear"), (SCALING_FACTOR, 1.0)) == plain).all()
+    assert (logits((SCALING_TYPE, "none"), (SCALING_FACTOR, 4.0)) == plain).all()
+    scaled = logits((SCALING_TYPE, "linear"), (SCALING_FACTOR, 4.0))
+    assert (logits((SCALING_FACTOR, 4.0)) == scaled).all()
+    expected = Reference(tmp_path / "model.gguf").logits(tokens)
+    assert np.median(relative_rms(plain - expected, expected)) > 2 * ROUNDING_TOLERANCE
+    assert relative_rms(scaled - expected, expected).max() < ROUNDING_TOLERANCE
 
 
 def test_golden_files_hold_what_the_tolerances_need() -> None:

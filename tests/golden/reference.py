@@ -61,10 +61,13 @@ class Reference:
         self.kv_heads = int(self._key(reader, "attention.head_count_kv"))
         self.epsilon = self._key(reader, "attention.layer_norm_rms_epsilon")
         self.theta = self._key(reader, "rope.freq_base")
+        self.position_scale = self._key(reader, "rope.scaling.factor", 1.0)  # linear
 
     @staticmethod
-    def _key(reader: gguf.GGUFReader, name: str) -> float:
+    def _key(reader: gguf.GGUFReader, name: str, default: float | None = None) -> float:
         field = reader.get_field("bitnet-b1.58." + name)
+        if field is None and default is not None:
+            return default
         assert field is not None, name
         return float(field.contents())
 
@@ -118,7 +121,7 @@ class Reference:
     def _rotate(self, x: Array) -> Array:
         half = x.shape[-1] // 2
         frequencies = self.theta ** (-np.arange(half, dtype=np.float64) / half)
-        angles = np.arange(x.shape[1])[:, None] * frequencies
+        angles = np.arange(x.shape[1])[:, None] / self.position_scale * frequencies
         cos, sin = np.cos(angles).astype(self.dtype), np.sin(angles).astype(self.dtype)
         a, b = x[..., :half], x[..., half:]
         return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)

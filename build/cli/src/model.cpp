@@ -198,16 +198,19 @@ Config read_config(const GgufFile& file) {
                 file.path() + ": heads of " + std::to_string(c.head_dim) + " (keys), " + std::to_string(value_dim) +
                     " (values), " + std::to_string(rope_dim) +
                     " (rotated) dimensions; this program wants them equal and a multiple of " + std::to_string(kLanes));
-  const std::string scaling(file.find_string(prefix + "rope.scaling.type").value_or("none"));
-  if (scaling != "none")
+  const std::string scaling(file.find_string(prefix + "rope.scaling.type").value_or("linear"));  // as in llama.cpp
+  if (scaling != "none" && scaling != "linear")
     throw Error(ExitCode::kUnsupportedModel,
                 file.path() + ": " + prefix + "rope.scaling.type \"" + scaling + "\" is not supported");
   c.norm_epsilon = static_cast<float>(file.get_float(prefix + "attention.layer_norm_rms_epsilon"));
   c.rope_base = file.find_float(prefix + "rope.freq_base").value_or(10000.0);
+  c.rope_scale = scaling == "none" ? 1.0 : file.find_float(prefix + "rope.scaling.factor").value_or(1.0);
   if (!(c.norm_epsilon >= 0.0f && c.norm_epsilon < 1.0f))
     invalid(file, prefix + "attention.layer_norm_rms_epsilon is " + shown(c.norm_epsilon) + ", expected 0 to below 1");
   if (!(c.rope_base >= 1.0 && c.rope_base <= 1e12))
     invalid(file, prefix + "rope.freq_base is " + shown(c.rope_base) + ", expected 1 to 1e12");
+  if (!(c.rope_scale >= 1.0 && c.rope_scale <= 1e6))
+    invalid(file, prefix + "rope.scaling.factor is " + shown(c.rope_scale) + ", expected 1 to 1e6");
   const Tensor* embedding = file.find_tensor("token_embd.weight");
   if (!embedding) invalid(file, "tensor token_embd.weight is missing");
   const uint64_t vocabulary =
@@ -241,13 +244,13 @@ Model::Model(const GgufFile& file) : config_(read_config(file)), file_(file) {
     });
   }
   // 1 / base^(2i / head_dim), each step rounded to float as in the training code; divided by rope_freqs where the file
-  // has them.
+  // has them, and by the factor of linear scaling.
   const size_t half = c.head_dim / 2;
   const float* factors = file.find_tensor("rope_freqs.weight") ? vector(file, "rope_freqs.weight", half) : nullptr;
   const double root = nth_root(c.rope_base, half);
   double power = 1.0;
   for (size_t i = 0; i < half; i++, power *= root) {
-    const float frequency = 1.0f / static_cast<float>(power);
+    const float frequency = 1.0f / static_cast<float>(power) / static_cast<float>(c.rope_scale);
     rope_frequencies_.push_back(factors ? frequency / factors[i] : frequency);
     if (!(rope_frequencies_.back() >= 0.0f && rope_frequencies_.back() <= 1.0f))
       invalid(file, "tensor rope_freqs.weight gives a frequency out of 0 to 1");

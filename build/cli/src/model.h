@@ -29,6 +29,7 @@ struct Config {
   size_t head_dim;
   float norm_epsilon;
   double rope_base;
+  double rope_scale;  // that positions are divided by
 
   size_t q_dim() const { return n_heads * head_dim; }
   size_t kv_dim() const { return n_kv_heads * head_dim; }
