@@ -526,17 +526,17 @@ def _statistics(done: Sequence[Event], n: int, call: Call) -> dict[str, Any]:
 
 
 def _check_complete(done: Sequence[Event], answer: Answer, call: Call) -> None:
-    """Whether what was cancelled is an answer.
+    """Whether a client can tell that an answer was cancelled, if it was.
 
     Raises:
-        ApiError: nobody is there to receive it.
-        StoppingError: the server ends, and the answer could not say that it is none: the client shall ask again.
+        ApiError: it cannot, but nobody is there.
+        StoppingError: it cannot, and shall ask again: the server ends.
     """
-    if any(event["stop_type"] == "cancelled" for event in done):
-        if call.cancellation.cancelled:
-            raise ApiError(HUNG_UP, "hung_up", "the client hung up")
-        if not answer.says_cancelled:
-            raise StoppingError(STOPPING)
+    if answer.says_cancelled or all(event["stop_type"] != "cancelled" for event in done):
+        return
+    if call.cancellation.cancelled:
+        raise ApiError(HUNG_UP, "hung_up", "the client hung up")
+    raise StoppingError(STOPPING)
 
 
 def _count(part: Json | str | None, call: Call) -> None:
