@@ -81,9 +81,8 @@ class ApiKey:
             reading = self._reading
         if deadline is None:
             return reading.result()
-        try:  # half of the margin is for the answer
-            left_s = deadline - self._settings.deadline_margin_ms / 2e3 - time.monotonic()
-            return reading.result(max(0.0, left_s))
+        try:
+            return reading.result(max(0.0, self._settings.answer_by(deadline) - time.monotonic()))
         except FutureTimeoutError:
             raise _unavailable(self._settings.api_key_arn or "", "no answer in time", transient=True) from None
 

@@ -355,7 +355,7 @@ class Engine:
             give_up_at = self._give_up_at(deadline)
             if give_up_at is not None and time.monotonic() >= give_up_at:
                 raise LateError(TOO_LATE)
-            return loaded.result(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
+            return loaded.result(_left_s(give_up_at))
         except FutureTimeoutError:
             raise LoadingError("the model is still being loaded; try again, or give the function more time") from None
         finally:
@@ -370,7 +370,7 @@ class Engine:
 
     def _give_up_at(self, deadline: float | None) -> float | None:
         """Half of the margin is the worker's, to answer; the other half ours, to say that it did not."""
-        return None if deadline is None else deadline - self._settings.deadline_margin_ms / 2e3
+        return None if deadline is None else self._settings.answer_by(deadline)
 
     def _parallel(self) -> int:
         """Sequences that the worker computes at the same time; one as long as there is no worker."""
@@ -433,7 +433,7 @@ class _Worker:
                 self._cancel(list(waits))
             while waits:
                 try:
-                    event = inbox.get(timeout=None if give_up_at is None else max(0.0, give_up_at - time.monotonic()))
+                    event = inbox.get(timeout=_left_s(give_up_at))
                 except Empty:
                     raise self._hung() from None
                 if event is None:
@@ -491,8 +491,8 @@ class _Worker:
 
     def _send(self, message: Mapping[str, Any], give_up_at: float | None = None) -> None:
         line = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
-        left_s = -1.0 if give_up_at is None else max(0.0, give_up_at - time.monotonic())
-        if not self._writing.acquire(timeout=left_s):
+        left_s = _left_s(give_up_at)
+        if not self._writing.acquire(timeout=-1 if left_s is None else left_s):
             raise self._hung()
         try:
             self._write(line, give_up_at)
@@ -513,7 +513,8 @@ class _Worker:
             try:
                 left = left[os.write(pipe, left) :]
             except BlockingIOError:
-                if not room.poll(None if give_up_at is None else max(0.0, give_up_at - time.monotonic()) * 1e3):
+                left_s = _left_s(give_up_at)
+                if not room.poll(None if left_s is None else left_s * 1e3):
                     raise self._hung() from None
 
     def _hung(self) -> HungError:
@@ -579,6 +580,10 @@ class _Worker:
         code = self._process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return f"{self._log[-1].removeprefix('bitnet: ')} ({how})" if self._log else how
+
+
+def _left_s(give_up_at: float | None) -> float | None:
+    return None if give_up_at is None else max(0.0, give_up_at - time.monotonic())
 
 
 def _usable(loaded: Future[_Worker]) -> bool:

@@ -7,7 +7,6 @@ field that is left out has the default of `/completion`, but for the length: an 
 
 from __future__ import annotations
 
-import codecs
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from function import schema, tools
 from function.chat_template import NAMES, Message
-from function.schema import Boolean, Integer, Kind, LogitBias, Structure, Text, describe, invalid
+from function.schema import Boolean, Integer, Kind, LogitBias, Offsets, Structure, Text, describe, invalid
 
 if TYPE_CHECKING:
     from function.settings import Settings
@@ -521,7 +520,7 @@ class TextAnswer(_Answer):
     def __init__(self, identifier: str, request: Request, echoes: Sequence[str] = ()) -> None:
         super().__init__(identifier, request)
         self._echoes = echoes
-        self._offsets: dict[int, _Offsets] = {}  # of each completion, in a stream
+        self._offsets: dict[int, Offsets] = {}  # of each completion, in a stream
         self._prompts: list[Any] = []  # the probabilities of each prompt's tokens
 
     def whole(self, done: Sequence[Mapping[str, Any]], model: str) -> dict[str, Any]:
@@ -539,13 +538,13 @@ class TextAnswer(_Answer):
         logprobs = None
         if self._request.logprobs and "probabilities" in done:
             prompt = _with_first(self._prompts[done["index"] // self._request.completion.n], echo)
-            logprobs = _text_logprobs([*prompt, *schema.shown(done)], self._request, _Offsets())
+            logprobs = _text_logprobs([*prompt, *schema.shown(done)], self._request, Offsets())
         return self._part(index, echo + done["content"], logprobs) | {"finish_reason": _finish_reason(done)}
 
     def _deltas(self, token: Mapping[str, Any]) -> list[dict[str, Any]]:
         index, logprobs = token["index"], None
         if token.get("probabilities"):
-            offsets = self._offsets.setdefault(index, _Offsets(len(self._echo(index))))
+            offsets = self._offsets.setdefault(index, Offsets(len(self._echo(index))))
             logprobs = _text_logprobs(token["probabilities"], self._request, offsets)
         return [self._part(index, token["content"], logprobs)]
 
@@ -602,21 +601,7 @@ def _with_first(tokens: Sequence[Mapping[str, Any] | None], text: str) -> list[M
     return [{"id": -1, "bytes": list(first), "logprob": None, "top_logprobs": None}, *others]
 
 
-class _Offsets:
-    """Where each token begins, in characters of the text: with the character that it is a part of."""
-
-    def __init__(self, first: int = 0) -> None:
-        self._next = first
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
-
-    def of(self, token: Mapping[str, Any]) -> int:
-        """That of the next token."""
-        offset = self._next
-        self._next += len(self._decoder.decode(bytes(token["bytes"])))
-        return offset
-
-
-def _text_logprobs(tokens: Sequence[Mapping[str, Any]], request: Request, offsets: _Offsets) -> dict[str, Any]:
+def _text_logprobs(tokens: Sequence[Mapping[str, Any]], request: Request, offsets: Offsets) -> dict[str, Any]:
     """The older shape, of `/v1/completions`."""
     top = [
         {bytes(other["bytes"]).decode(errors="replace"): other["logprob"] for other in token["top_logprobs"]}

@@ -112,7 +112,7 @@ class PromptCache:
 
     def _left_s(self, deadline: float | None) -> float | None:
         """The time until the answer must be on its way: half of the margin is for that."""
-        return None if deadline is None else deadline - self._settings.deadline_margin_ms / 2e3 - time.monotonic()
+        return None if deadline is None else self._settings.answer_by(deadline) - time.monotonic()
 
     def _copy(self, what: str, copy: Callable[[], None], wait_s: float | None) -> None:
         """Lets `copy` use S3, if there is a bucket that did not fail just now, and waits for it so long at most."""

@@ -9,7 +9,6 @@ Validation is written out here because importing a validation library costs more
 from __future__ import annotations
 
 import codecs
-import itertools
 import json
 import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -778,6 +777,20 @@ class LlamaAnswer:
         return picked(body, self._request.response_fields) if self._request.response_fields else body
 
 
+class Offsets:
+    """Where each token begins, in characters of the text: with the character that it is a part of."""
+
+    def __init__(self, first: int = 0) -> None:
+        self._next = first
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def of(self, token: Mapping[str, Any]) -> int:
+        """That of the next token."""
+        offset = self._next
+        self._next += len(self._decoder.decode(bytes(token["bytes"])))
+        return offset
+
+
 def shown(event: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
     """The `probabilities` of a `token` or `done` event, as a stream gives them: without tokens behind the text's end.
 
@@ -789,9 +802,8 @@ def shown(event: Mapping[str, Any]) -> Sequence[Mapping[str, Any]]:
         return tokens[:-1]
     if event.get("stop_type") != "word":
         return tokens
-    decoder = codecs.getincrementaldecoder("utf-8")("replace")
-    lengths = itertools.accumulate((len(decoder.decode(bytes(token["bytes"]))) for token in tokens), initial=0)
-    return [token for token, begin in zip(tokens, lengths, strict=False) if begin < len(event["content"])]
+    offsets = Offsets()
+    return [token for token in tokens if offsets.of(token) < len(event["content"])]
 
 
 def probabilities(event: Mapping[str, Any]) -> dict[str, Any]:

@@ -160,6 +160,10 @@ class Settings:
     log_level: Annotated[str, _choice("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")] = "INFO"
     """DEBUG shows the engine's own log too. No level shows prompts or completions."""
 
+    def answer_by(self, deadline: float) -> float:
+        """Until when an answer may be waited for. The other half of the margin is for sending it."""
+        return deadline - self.deadline_margin_ms / 2e3
+
     @classmethod
     def from_environment(cls, environment: Mapping[str, str] = os.environ) -> Settings:
         """Reads and checks all settings.
