@@ -331,17 +331,16 @@ inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, co
   for (auto& sums : acc)
     for (I32x16& sum : sums) sum = zero32();
   Upcoming ahead(next);
-  for (size_t d = 0; d < head_dim; d += 2 * kInt8Sums) {
-    ahead.computed<kInt8Sums * 2 * kPositionsPerBlock>();
-    for (size_t turn = 0; turn < kInt8Sums; turn++) {
-      const size_t at = d + 2 * turn;
+  for (size_t d = 0; d < head_dim; d += 4)  // two steps, a line, so that no step has to ask whether
+    for (size_t step = 0; step < 2; step++) {
+      const size_t at = d + 2 * step;
       const I16Pairs k = load_pairs(keys + at * kPositionsPerBlock);
+      ahead.computed<2 * kPositionsPerBlock>();
       for (int h = 0; h < H; h++) {
-        I32x16& sum = acc[turn][h];
+        I32x16& sum = acc[step % kInt8Sums][h];
         sum = add_products(sum, k, set1_pair(q + static_cast<size_t>(h) * head_dim + at));
       }
     }
-  }
   for (int h = 0; h < H; h++) {
     I32x16 sum = acc[0][h];
     for (int turn = 1; turn < kInt8Sums; turn++) sum = add32(sum, acc[turn][h]);
@@ -349,7 +348,8 @@ inline void score_int8(const int16_t* q, size_t head_dim, const int8_t* keys, co
   }
 }
 
-// out = Σ weight · v, times the query's factor, of n_pairs of positions, for H queries and D vectors of dimensions.
+// out = Σ weight · v, times the query's factor, of n_pairs of positions, an even number, for H queries and D vectors of
+// dimensions.
 template <int H, int D>
 inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pairs, size_t head_dim,
                        const float* factors, const std::byte* next, float* out) {
@@ -357,15 +357,16 @@ inline void weigh_int8(const int16_t* weights, const int8_t* values, size_t n_pa
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++) acc[h][d] = zero32();
   Upcoming ahead(next);
-  for (size_t j = 0; j < n_pairs; j++) {
-    ahead.computed<D * 2 * kLanes>();
-    I16Pairs v[D];
-    for (int d = 0; d < D; d++) v[d] = load_pairs(values + j * 2 * head_dim + static_cast<size_t>(d) * 2 * kLanes);
-    for (int h = 0; h < H; h++) {
-      const I16Pairs weight = set1_pair(weights + static_cast<size_t>(h) * kChunkPositions + 2 * j);
-      for (int d = 0; d < D; d++) acc[h][d] = add_products(acc[h][d], weight, v[d]);
+  for (size_t first = 0; first < n_pairs; first += 2)
+    for (size_t j = first; j < first + 2; j++) {
+      ahead.computed<D * 2 * kLanes>();
+      I16Pairs v[D];
+      for (int d = 0; d < D; d++) v[d] = load_pairs(values + j * 2 * head_dim + static_cast<size_t>(d) * 2 * kLanes);
+      for (int h = 0; h < H; h++) {
+        const I16Pairs weight = set1_pair(weights + static_cast<size_t>(h) * kChunkPositions + 2 * j);
+        for (int d = 0; d < D; d++) acc[h][d] = add_products(acc[h][d], weight, v[d]);
+      }
     }
-  }
   for (int h = 0; h < H; h++)
     for (int d = 0; d < D; d++)
       store(out + static_cast<size_t>(h) * head_dim + static_cast<size_t>(d) * kLanes,
@@ -407,7 +408,7 @@ inline void attend_int8(const AttentionQueries& all, size_t first, const Attenti
                                     });
     factors[h] = quantize_words(of_query, end, kWordLevels, weights + h * kChunkPositions);
   }
-  const size_t n_pairs = (n + 1) / 2;
+  const size_t n_pairs = round_up(n, 4) / 2;  // an even number; the weights past n are 0
   in_runs<kInt8Vectors>(dim / kLanes, [&]<int D>(size_t v) {
     weigh_int8<H, D>(weights, values + 2 * v * kLanes, n_pairs, dim, factors, left + 2 * v * kLanes * n_pairs,
                      out.sums + first * dim + v * kLanes);

@@ -135,10 +135,11 @@ inline I16Pairs set1_pair(const int16_t* p) {
   __builtin_memcpy(&pair, p, sizeof pair);
   return {_mm256_set1_epi32(pair), _mm256_set1_epi32(pair)};
 }
+// To the register where the sum is: GCC would take all products first, and move sums from register to register.
+inline void add_in_place(__m256i& sum, __m256i a) { __asm__("vpaddd %1, %0, %0" : "+x"(sum) : "x"(a)); }
 inline I32x16 add_products(I32x16 sum, I16Pairs a, I16Pairs b) {
-  sum = {_mm256_add_epi32(sum.lo, _mm256_madd_epi16(a.lo, b.lo)),
-         _mm256_add_epi32(sum.hi, _mm256_madd_epi16(a.hi, b.hi))};
-  __asm__("" : "+x"(sum.lo), "+x"(sum.hi));  // or GCC would take all products first, and not have registers for them
+  add_in_place(sum.lo, _mm256_madd_epi16(a.lo, b.lo));
+  add_in_place(sum.hi, _mm256_madd_epi16(a.hi, b.hi));
   return sum;
 }
 inline I32x16 add32(I32x16 a, I32x16 b) { return {_mm256_add_epi32(a.lo, b.lo), _mm256_add_epi32(a.hi, b.hi)}; }
