@@ -154,7 +154,7 @@ destroy: setup-run ## delete the function's stack, after asking; ALL=1: those of
 	@$(DEPLOY) destroy $(if $(ALL),--all) $(if $(YES),--yes)
 
 .PHONY: smoke
-smoke: setup-run ## is the API at URL right? One line an example; API_KEY in the environment, or AWS credentials, as the URL wants
+smoke: setup-run ## is the API at URL right? One line an example; BITNET_API_KEY in the environment, or AWS credentials, as the URL wants
 	@$(BIN)/python -m function.smoke $(or $(URL),http://127.0.0.1:$(PORT)) $(SMOKE_ARGS)
 
 .PHONY: check-infra

@@ -11,6 +11,7 @@ from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeoutError
 from typing import TYPE_CHECKING, Any
 
+from function import aws
 from function.schema import ApiError
 
 if TYPE_CHECKING:
@@ -105,17 +106,13 @@ def _unauthorized(message: str) -> ApiError:
 
 def _read(arn: str) -> str:
     """The text of an SSM parameter or of a secret of Secrets Manager. Why it cannot be read is logged, not answered."""
-    import boto3  # slow to import, and needed here only
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError, ClientError
 
     service, region, _, resource = arn.split(":", 6)[2:6]
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT_S, read_timeout=READ_TIMEOUT_S, retries={"mode": "standard", "max_attempts": 4}
-    )
     try:
-        session: Any = boto3.Session()
-        client = session.client(service, region_name=region, config=config)
+        client = aws.client(
+            service, connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S, attempts=4, region=region
+        )
         if service == "ssm":
             path = resource.removeprefix("parameter/")  # that of /a/b is parameter/a/b, and that of a is parameter/a
             answer = client.get_parameter(Name=f"/{path}" if "/" in path else path, WithDecryption=True)
@@ -123,7 +120,7 @@ def _read(arn: str) -> str:
         secret = client.get_secret_value(SecretId=arn)
         return str(secret["SecretString"] if "SecretString" in secret else secret["SecretBinary"].decode("ascii"))
     except ClientError as error:
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
+        status = aws.status_of(error)
         code = error.response.get("Error", {}).get("Code", "")
         raise _unavailable(arn, code, transient=status >= 500 or "Throttl" in code) from error
     except BotoCoreError as error:

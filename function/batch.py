@@ -18,10 +18,13 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
-from function import schema
+from function import aws, schema
 from function.api import Api, Call
+from function.engine import Engine, EngineError
+from function.model_store import ModelError
 from function.schema import ApiError
 
 if TYPE_CHECKING:
@@ -80,8 +83,9 @@ def is_queue_batch(event: object) -> bool:
 class Batches:
     """Computes batches with the operations of the API."""
 
-    def __init__(self, settings: Settings, api: Api) -> None:
+    def __init__(self, settings: Settings, engine: Engine, api: Api) -> None:
         self._settings = settings
+        self._engine = engine
         self._api = api
 
     @functools.cached_property
@@ -158,7 +162,7 @@ class Batches:
         left_s = deadline - time.monotonic()
         reserve_s = min(RESERVE_S, left_s * RESERVE_SHARE)
         run = _Run(self._api, request_id, deadline - reserve_s, self._settings.deadline_margin_ms / 1e3)
-        run.all(items, threads=self._settings.queue_limit + 1)
+        run.all(items, threads=self._at_once(deadline) if items else 1)
         # An engine that died took all with it that it computed. Who did it, does it again alone.
         run.all(list(run.suspects.values()), threads=1, alone=True)
         if run.finished or not items:
@@ -166,6 +170,12 @@ class Batches:
         if run.cut:  # each of them takes longer than there is time, so this is all there will be
             return run.cut, run.failure
         return {}, run.failure or UnfinishedError("the time was over before any item had enough of it")
+
+    def _at_once(self, deadline: float) -> int:
+        """As many as the engine takes; where there is none, the first of them says why."""
+        with suppress(EngineError, ModelError):
+            return self._engine.capacity(deadline)
+        return 1
 
 
 class _Run:
@@ -352,7 +362,7 @@ class _Store:
     def __init__(self, settings: Settings) -> None:
         if settings.batch_results_s3_uri is None:
             raise BatchError("BATCH_RESULTS_S3_URI is not set: there is no place for results")
-        self._bucket, _, prefix = settings.batch_results_s3_uri.removeprefix("s3://").partition("/")
+        self._bucket, prefix = aws.split_uri(settings.batch_results_s3_uri)
         self._prefix = prefix.rstrip("/")
         self._client = _client()
 
@@ -390,7 +400,7 @@ class _Store:
                 **condition,
             )
         except ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (404, 409, 412):
+            if aws.status_of(error) in (404, 409, 412):
                 return False
             raise BatchError(f"{self.uri(key)} cannot be written: {error}") from error
         except BotoCoreError as error:
@@ -399,16 +409,10 @@ class _Store:
 
 
 def _client() -> S3Client:
-    import boto3  # slow to import, and needed for a copy or a batch only
-    from botocore.config import Config
     from botocore.exceptions import BotoCoreError
 
-    config = Config(
-        connect_timeout=CONNECT_TIMEOUT_S,
-        read_timeout=READ_TIMEOUT_S,
-        retries={"mode": "standard", "max_attempts": 5},
-    )
     try:
-        return boto3.Session().client("s3", config=config)
+        s3: S3Client = aws.client("s3", connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S, attempts=5)
+        return s3
     except (BotoCoreError, ValueError) as error:
         raise BatchError(f"no S3 client: {error}") from error

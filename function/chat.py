@@ -19,18 +19,14 @@ from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from urllib.parse import urlsplit
 
-from function.sigv4 import SigV4, is_function_url
+from function.client import KEY, Client
 
 if TYPE_CHECKING:
     from prompt_toolkit.history import History
     from rich.console import Console, ConsoleOptions, RenderableType, RenderResult
 
 PATH = "/v1/chat/completions"
-TIMEOUT_S = 900  # Lambda's longest
-JSON = "application/json"
-KEY = "BITNET_API_KEY"
 COMMANDS = {
     "/help": "this list",
     "/reset": "begin a new conversation",
@@ -50,13 +46,12 @@ class Chat:
     """A conversation with the model at `url`, kept in `file` if there is one: `{"system": …, "messages": […]}`."""
 
     def __init__(self, url: str, system: str | None = None, key: str | None = None) -> None:
-        self.url = url.rstrip("/")
         self.system = system
         self.file: Path | None = None
         self.messages: list[dict[str, str]] = []
         self.timings: dict[str, Any] = {}  # the engine's, of the last answer that came to its end
-        self._key = key
-        self._signer = SigV4() if is_function_url(url) and not key else None
+        self._client = Client(url, key)
+        self.url = self._client.url
 
     def ask(self, content: str, **fields: Any) -> Generator[str]:
         """The pieces of the answer to `content`. What has come of it is kept, also if the iterator is closed.
@@ -129,19 +124,9 @@ class Chat:
             raise ChatError(f"{file}: {getattr(error, 'strerror', None) or error}") from error
 
     def _stream(self, body: bytes) -> Generator[str]:
-        parts = urlsplit(self.url + PATH)
-        secure = parts.scheme == "https"
-        connect = http.client.HTTPSConnection if secure else http.client.HTTPConnection
-        headers = {"content-type": JSON}
         ended = False
         try:
-            if self._key:
-                headers["authorization"] = f"Bearer {self._key}"
-            if self._signer:
-                headers |= self._signer.headers("POST", self.url + PATH, body, JSON)
-            with closing(connect(parts.netloc, timeout=TIMEOUT_S)) as connection:
-                connection.request("POST", parts.path, body, headers)
-                response = connection.getresponse()
+            with self._client.open(PATH, body) as response:
                 if response.status != http.HTTPStatus.OK:
                     raise ChatError(_why(response))
                 for line in response:

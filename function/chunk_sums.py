@@ -83,6 +83,8 @@ class _Reader:
             self._read(f"<{self._read('<I')[0]}Q")
             self._read("<IQ")
         alignment = keys.get(b"general.alignment") or DEFAULT_ALIGNMENT
+        if not isinstance(alignment, int):
+            return None
         return ChunkSums(-(-self._at // alignment) * alignment, chunk_bytes, sums)
 
     def _read(self, layout: str) -> tuple[Any, ...]:

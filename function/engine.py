@@ -149,6 +149,7 @@ class Engine:
         self._stop = threading.Event()
         self._loaded: Future[_Worker] | None = None
         self._worker: _Worker | None = None  # set before it is ready, so that a signal handler finds the process
+        self._was_ready = False
         self._in_flight = 0
         self._waiting = 0  # for the model
 
@@ -194,6 +195,11 @@ class Engine:
                     threading.Thread(target=self._load, args=(self._loaded,), name="model-loader", daemon=True).start()
             return self._loaded
 
+    def capacity(self, deadline: float | None = None) -> int:
+        """How many are admitted at the same time. Waits for the model, and raises what `describe` does."""
+        self.describe(deadline)
+        return self._capacity()
+
     @contextmanager
     def admitted(self) -> Iterator[None]:
         """Has a place among those that compute or wait: to be entered before anything is done for a completion.
@@ -205,7 +211,7 @@ class Engine:
         with self._lock:
             if self._stop.is_set():
                 raise StoppingError(STOPPING)
-            if self._in_flight >= self._parallel() + self._settings.queue_limit:
+            if self._in_flight >= self._capacity():
                 waiting = f"of which {self._settings.queue_limit} may wait (QUEUE_LIMIT)"
                 raise BusyError(f"there are {self._in_flight} requests already, {waiting}")
             self._in_flight += 1
@@ -273,13 +279,13 @@ class Engine:
             began = time.monotonic()
             path = self._store.fetch(self._stop)
             fetched = time.monotonic()
-            again = self._worker is not None
             self._worker = worker = _Worker(self._command(path))
             if self._stop.is_set():
                 worker.stop()
             ready = worker.started()
             load_ms, total_ms = (round((time.monotonic() - start) * 1e3) for start in (fetched, began))
-            self._metrics.loaded(load_ms, total_ms, again=again)
+            self._metrics.loaded(load_ms, total_ms, again=self._was_ready)
+            self._was_ready = True
             details = {name: ready[name] for name in ("n_ctx", "threads", "isa", "version")}
             logger.info(
                 "model ready",
@@ -372,11 +378,12 @@ class Engine:
         """Half of the margin is the worker's, to answer; the other half ours, to say that it did not."""
         return None if deadline is None else self._settings.answer_by(deadline)
 
-    def _parallel(self) -> int:
-        """Sequences that the worker computes at the same time; one as long as there is no worker."""
+    def _capacity(self) -> int:
+        """What the worker computes at the same time, one as long as there is no worker; and what waits for it."""
         ready = self._worker.ready if self._worker is not None else None
         usable = ready is not None and ready.done() and ready.exception() is None
-        return int(ready.result()["n_parallel"]) if ready is not None and usable else 1
+        parallel = int(ready.result()["n_parallel"]) if ready is not None and usable else 1
+        return parallel + self._settings.queue_limit
 
 
 class _Worker:

@@ -56,7 +56,7 @@ def application(*, is_local: bool = False) -> Application:
     metrics = Metrics.from_environment()
     engine = Engine(settings, ModelStore(settings, metrics), metrics)
     api = Api(settings, engine, metrics)
-    return Application(settings, engine, api, Batches(settings, api))
+    return Application(settings, engine, api, Batches(settings, engine, api))
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,10 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from typing import TYPE_CHECKING, Any
 
+from function import aws
 from function.chunk_sums import ChunkSums, IncompleteError, read_chunk_sums
 from function.metrics import Metrics
+from function.own_directory import make_own_directory
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -105,11 +107,11 @@ class ModelStore:
             self._path = None
 
     def _fetch_from_s3(self, uri: str, stop: threading.Event) -> Path:
-        bucket, _, key = uri.removeprefix("s3://").partition("/")
+        bucket, key = aws.split_uri(uri)
         directory = self._settings.model_cache_dir
         name = _hash(uri)
         try:
-            directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_own_directory(directory)
             with closing(self._client()) as client, _file_lock(directory / f"{name}.lock", stop):
                 for _ in range(COPY_TRIES):
                     source = _head(client, bucket, key)
@@ -131,19 +133,18 @@ class ModelStore:
         raise ModelError("model_replaced", f"{uri} was replaced {COPY_TRIES} times while it was copied", transient=True)
 
     def _client(self) -> S3Client:
-        import boto3  # slow to import, and needed for a copy only
-        from botocore.config import Config
         from botocore.exceptions import BotoCoreError
 
-        config = Config(
-            max_pool_connections=self._settings.copy_threads,
-            connect_timeout=CONNECT_TIMEOUT_S,
-            read_timeout=READ_TIMEOUT_S,
-            retries={"mode": "standard", "max_attempts": 4},
-            response_checksum_validation="when_required",  # the whole object is verified instead
-        )
         try:
-            return boto3.Session().client("s3", config=config)
+            s3: S3Client = aws.client(
+                "s3",
+                connect_timeout_s=CONNECT_TIMEOUT_S,
+                read_timeout_s=READ_TIMEOUT_S,
+                attempts=4,
+                max_pool_connections=self._settings.copy_threads,
+                response_checksum_validation="when_required",  # the whole object is verified instead
+            )
+            return s3
         except (BotoCoreError, ValueError) as error:
             raise ModelError("model_copy_failed", f"no S3 client: {error}") from error
 
@@ -316,9 +317,9 @@ class _RangedCopy:
                     continue
                 reason: Exception = EOFError("S3 answers without a byte")
             except ClientError as error:
-                if _status(error) in (404, 412):
+                if aws.status_of(error) in (404, 412):
                     raise _Replaced from error
-                if 400 <= _status(error) < 500:
+                if 400 <= aws.status_of(error) < 500:
                     raise _client_error(error, self._source.uri) from error
                 reason = error
             except (BotoCoreError, HTTPError) as error:
@@ -415,7 +416,7 @@ def _checksums(head: Mapping[str, Any], uri: str) -> dict[str, bytes]:
 
 
 def _client_error(error: Any, uri: str) -> ModelError:
-    status, code = _status(error), error.response.get("Error", {}).get("Code", "")
+    status, code = aws.status_of(error), error.response.get("Error", {}).get("Code", "")
     if status == 404:
         return ModelError("model_not_found", f"{uri} does not exist: no such key, or no such bucket")
     if status == 403 and code in ("AccessDenied", "403"):  # a HEAD has no code
@@ -424,11 +425,6 @@ def _client_error(error: Any, uri: str) -> ModelError:
     answer = str(status) if code == str(status) else f"{status} {code}"
     kind = "model_access_denied" if status == 403 else "model_copy_failed"
     return ModelError(kind, f"{uri}: S3 answered {answer}", transient=status >= 500)
-
-
-def _status(error: Any) -> int:
-    status: int = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-    return status
 
 
 def _unreachable(uri: str, error: Exception) -> ModelError:
@@ -450,7 +446,7 @@ def _stopped() -> ModelError:
 @contextmanager
 def _file_lock(path: Path, stop: threading.Event) -> Iterator[None]:
     """Holds an exclusive lock on `path` against other processes."""
-    with path.open("w") as file:
+    with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -20,6 +20,9 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from function import aws
+from function.own_directory import make_own_directory
+
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
 
@@ -57,7 +60,7 @@ class PromptCache:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         uri = settings.prompt_cache_s3_uri
-        self._bucket, _, self._prefix = (uri or "").removeprefix("s3://").partition("/")
+        self._bucket, self._prefix = aws.split_uri(uri or "")
         self._directory = settings.prompt_cache_dir or (settings.model_cache_dir / "prompts" if uri else None)
         self._lock = threading.Lock()
         self._client: S3Client | None = None
@@ -73,7 +76,7 @@ class PromptCache:
             return None
         path = self._directory / (self._name(key, ready) + SUFFIX)
         try:
-            self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_own_directory(self._directory)
             if path.exists():
                 os.utime(path)
             else:
@@ -140,7 +143,7 @@ class PromptCache:
             self._s3().download_file(self._bucket, self._key(path), str(part))
             part.rename(path)
         except ClientError as error:
-            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in NOT_THERE:
+            if aws.status_of(error) in NOT_THERE:
                 return
             raise
         finally:
@@ -161,15 +164,9 @@ class PromptCache:
     def _s3(self) -> S3Client:
         with self._lock:
             if self._client is None:
-                import boto3  # slow to import
-                from botocore.config import Config
-
-                config = Config(
-                    connect_timeout=CONNECT_TIMEOUT_S,
-                    read_timeout=READ_TIMEOUT_S,
-                    retries={"mode": "standard", "max_attempts": 2},
+                self._client = aws.client(
+                    "s3", connect_timeout_s=CONNECT_TIMEOUT_S, read_timeout_s=READ_TIMEOUT_S, attempts=2
                 )
-                self._client = boto3.Session().client("s3", config=config)
             return self._client
 
     def _failed(self, what: str, error: Exception) -> None:

@@ -1,8 +1,8 @@
 """Asks a running API a few things and says of each whether the answer is right: `python -m function.smoke [URL]`.
 
-One line an example; exit code 0: all are right. Requests to Lambda's own URLs are signed, unless API_KEY is set, which
-is then sent as a bearer token; any other URL gets neither but the key. The first request waits as long as a cold start
-takes. What the model says is not judged.
+One line an example; exit code 0: all are right. Requests to Lambda's own URLs are signed, unless BITNET_API_KEY is set,
+which is then sent as a bearer token; any other URL gets neither but the key. The first request waits as long as a cold
+start takes. What the model says is not judged.
 """
 
 from __future__ import annotations
@@ -14,14 +14,10 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
-from urllib.parse import urlsplit
 
-from function.sigv4 import SigV4, is_function_url
+from function.client import KEY, Client
 
-TIMEOUT_S = 900  # Lambda's longest
-JSON = "application/json"
 PROMPT = "Once upon a time"
 TOKENS = 16
 
@@ -30,37 +26,12 @@ class WrongError(Exception):
     """An answer that is not as it must be: what it is."""
 
 
-class Api:
-    """The API at `url`."""
-
-    def __init__(
-        self, url: str, key: str | None = None, *, sign: bool | None = None, region: str | None = None
-    ) -> None:
-        """`sign`: None stands for Lambda's own URLs without a key; `region`: None for that of the URL."""
-        self._url = url.rstrip("/")
-        self._key = key
-        self._signer = SigV4(region) if (is_function_url(url) and not key if sign is None else sign) else None
+class Api(Client):
+    """The same, with answers that are judged."""
 
     def ask(self, path: str, body: Any = None) -> tuple[int, bytes]:
-        """Status and body of the answer to a GET, or to a POST of JSON.
-
-        Raises:
-            OSError, http.client.HTTPException: there is no answer.
-            ValueError: there are no AWS credentials, or the URL is none.
-        """
-        parts = urlsplit(self._url + path)
-        if parts.scheme not in ("http", "https") or not parts.netloc:
-            raise ValueError(f"the URL must begin with http:// or https://, got '{self._url}'")
-        method, data = ("GET", b"") if body is None else ("POST", json.dumps(body).encode())
-        headers = {"content-type": JSON} if data else {}
-        if self._key and not self._signer:
-            headers["authorization"] = f"Bearer {self._key}"
-        elif self._signer:
-            headers |= self._signer.headers(method, self._url + path, data, headers.get("content-type"))
-        connect = http.client.HTTPSConnection if parts.scheme == "https" else http.client.HTTPConnection
-        with closing(connect(parts.netloc, timeout=TIMEOUT_S)) as connection:
-            connection.request(method, parts.path, data or None, headers)
-            response = connection.getresponse()
+        """Status and body of the answer to a GET, or to a POST of JSON. Raises what `open` does."""
+        with self.open(path, None if body is None else json.dumps(body).encode()) as response:
             return response.status, response.read()
 
     def json(self, path: str, body: Any = None, *, status: int = 200) -> Any:
@@ -186,7 +157,7 @@ def main() -> int:
     parser.add_argument("--region", help="of the signature (default: that of the URL)")
     arguments = parser.parse_args()
     wrong = 0
-    api = Api(arguments.url, os.environ.get("API_KEY"), sign=arguments.sign, region=arguments.region)
+    api = Api(arguments.url, os.environ.get(KEY), sign=arguments.sign, region=arguments.region)
     for name, example in EXAMPLES.items():
         began = time.monotonic()
         try:

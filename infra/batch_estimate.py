@@ -16,10 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from function import batch, chat_template, openai, schema
-from function.engine import Event
+from function.engine import EngineError, Event
 from function.handler import Application, application
+from function.model_store import ModelError
 from function.schema import ApiError, CompletionRequest
-from function.settings import Settings
+from function.settings import Settings, SettingsError
 from function.structured import Grammars
 
 # US dollars.
@@ -70,7 +71,7 @@ def read(path: Path, parts: Application) -> Iterator[Line]:
                 yield Line(number, *_tokens(json.loads(line), parts, grammars))
             except ApiError as error:
                 yield Line(number, problem=error.message)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Line(number, problem=f"it is not JSON: {error}", fatal=True)
 
 
@@ -86,10 +87,11 @@ def _tokens(item: object, parts: Application, grammars: Grammars) -> tuple[int, 
         grammars.compile(request.structure, None, force=False)
     prompts = [_prompt_tokens(prompt, request.special, ready["add_bos"], parts) for prompt in request.prompts]
     n_ctx: int = ready["n_ctx"]
-    if max(prompts) > n_ctx:
-        raise schema.invalid(f"the prompt has {max(prompts)} tokens, the context {n_ctx}")
-    rooms = [n_ctx - prompt for prompt in prompts]
     asked = request.n_predict
+    longest = n_ctx if asked == 0 else n_ctx - 1
+    if max(prompts) > longest:
+        raise schema.invalid(f"the prompt has {max(prompts)} tokens, at most {longest} fit into the context of {n_ctx}")
+    rooms = [n_ctx - prompt for prompt in prompts]
     return sum(prompts), request.n * sum(room if asked < 0 else min(asked, room) for room in rooms)
 
 
@@ -115,7 +117,7 @@ def _prompt_tokens(prompt: schema.Prompt, special: bool, add_bos: bool, parts: A
 
 
 def main() -> int:
-    """Prints the estimate. Returns 1 if Step Functions would refuse the file, 2 if there is none."""
+    """Prints the estimate. Returns 1 if Step Functions would refuse the file, 2 if there is none, or no model."""
     parser = argparse.ArgumentParser(prog="make batch-estimate FILE=…", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("file", type=Path)
     parser.add_argument("--memory", type=int, default=10_240, help="MB of the function (MEMORY)")
@@ -131,11 +133,23 @@ def main() -> int:
     if min(given.memory, given.tokens_per_s, given.prompt_tokens_per_s, given.items, given.concurrency) <= 0:
         print("batch-estimate: memory, rates, items and concurrency must be above 0", file=sys.stderr)
         return 2
+    try:
+        found, model = _count(given.file)
+    except (SettingsError, ModelError, EngineError) as error:
+        print(f"batch-estimate: {error}", file=sys.stderr)
+        return 2
+    _print(found, given, model)
+    return 1 if found.fatal else 0
+
+
+def _count(file: Path) -> tuple[Prompts, str]:
+    """What is in the file, and the name of the model it was counted with. Says which lines are wrong."""
     parts = application()
     logging.getLogger("bitnet").setLevel(logging.WARNING)
     found = Prompts()
     try:
-        for line in read(given.file, parts):
+        model: str = parts.engine.describe()["model"]["name"]
+        for line in read(file, parts):
             found.count += not line.problem
             found.refused += bool(line.problem)
             found.fatal += line.fatal
@@ -143,11 +157,9 @@ def main() -> int:
             found.answer_tokens += line.answer_tokens
             if line.problem and found.refused <= LINES_SHOWN:
                 print(f"line {line.number}: {line.problem}", file=sys.stderr)
-        model = parts.engine.model_name
     finally:
         parts.engine.stop()
-    _print(found, given, model)
-    return 1 if found.fatal else 0
+    return found, model
 
 
 def _print(found: Prompts, given: argparse.Namespace, model: str) -> None:

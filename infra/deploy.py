@@ -219,7 +219,7 @@ def curl(url: str, *, signed: bool) -> str:
         f'--aws-sigv4 "aws:amz:{region[1] if region else "REGION"}:lambda" '
         '--user "$AWS_ACCESS_KEY_ID:$AWS_SECRET_ACCESS_KEY" --header "x-amz-security-token: $AWS_SESSION_TOKEN"'
     )
-    who = signature if signed else '--header "Authorization: Bearer $API_KEY"'
+    who = signature if signed else '--header "Authorization: Bearer $BITNET_API_KEY"'
     body = '{"prompt": "Once upon a time", "n_predict": 40}'
     return f"curl {who} --header 'content-type: application/json' {url.rstrip('/')}/completion --data '{body}'"
 

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from checkpoint import PipelineError
+from checkpoint import PipelineError, exit_code_of
 
 HERE = Path(__file__).resolve().parent
 EXPECTATIONS = HERE / "expectations.json"
@@ -145,17 +145,24 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="GGUF file, as downloaded or packed")
     parser.add_argument("--expectations", type=Path, default=EXPECTATIONS, help="JSON; default: those of the 2B model")
     arguments = parser.parse_args()
+    return exit_code_of(lambda: _report(arguments.model, arguments.expectations))
+
+
+def _report(model: Path, expectations: Path) -> None:
+    """Prints every finding. Raises PipelineError where there is a wrong one, or the expectations cannot be read."""
+    try:
+        expected = json.loads(expectations.read_text())
+    except ValueError as error:
+        raise PipelineError(f"{expectations}: {error}") from error
     wrong = 0
     try:
-        for finding in verify(arguments.model, json.loads(arguments.expectations.read_text())):
+        for finding in verify(model, expected):
             wrong += finding.right is False
             print(finding, flush=True)
-    except (PipelineError, OSError, ValueError, KeyError) as error:
-        print(f"model: {error if not isinstance(error, KeyError) else f'{arguments.expectations} lacks {error}'}")
-        return 1
+    except KeyError as error:
+        raise PipelineError(f"{expectations} lacks {error}") from error
     if wrong:
-        print(f"model: {wrong} of the expectations of {arguments.model} are not met", file=sys.stderr)
-    return int(wrong > 0)
+        raise PipelineError(f"{wrong} of the expectations of {model} are not met")
 
 
 if __name__ == "__main__":

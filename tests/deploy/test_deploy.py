@@ -186,5 +186,5 @@ def test_the_line_for_curl() -> None:
     url = "https://abc.lambda-url.eu-west-1.on.aws/"
     assert '--aws-sigv4 "aws:amz:eu-west-1:lambda"' in curl(url, signed=True)
     assert f"{url}completion --data" in curl(url, signed=True)
-    assert "Bearer $API_KEY" in curl(url, signed=False)
+    assert "Bearer $BITNET_API_KEY" in curl(url, signed=False)
     assert "sigv4" not in curl(url, signed=False)

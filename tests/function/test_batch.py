@@ -7,6 +7,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -250,6 +251,23 @@ def test_an_item_that_waited_for_others_is_not_done(bucket: Any, monkeypatch: py
     bodies = [line["response"]["body"] for line in results(bucket)["results/job-1/000000000000-000000000002.jsonl"]]
     assert [body["stop_type"] for body in bodies] == ["deadline", "deadline", "limit"]
     assert all(body["tokens_predicted"] > 0 for body in bodies)
+
+
+@pytest.mark.parametrize(("parallel", "queue_limit", "at_once"), [(6, 0, 6), (1, 2, 3)])
+def test_as_many_items_as_the_engine_takes_are_on_their_way(
+    monkeypatch: pytest.MonkeyPatch, parallel: int, queue_limit: int, at_once: int
+) -> None:
+    monkeypatch.setenv("PARALLEL", str(parallel))
+    monkeypatch.setenv("QUEUE_LIMIT", str(queue_limit))
+    engine = application().engine
+    event = map_event([TALE | {"n_predict": 200, "ignore_eos": True}] * (2 * at_once))
+    with ThreadPoolExecutor(1) as pool:
+        summary = pool.submit(invoke, event)
+        most = 0
+        while not summary.done():
+            most = max(most, engine.in_flight)
+            time.sleep(0.002)
+    assert (summary.result()["succeeded"], most) == (2 * at_once, at_once)
 
 
 @pytest.mark.usefixtures("endless")

@@ -84,6 +84,20 @@ def test_errors_of_ours_are_counted(s3: S3) -> None:
         assert [values(line) for line in written(function)] == [{"ServerErrors": 1}]
 
 
+def test_a_model_that_comes_after_one_that_cannot_be_loaded_is_a_cold_start(
+    s3: S3, demo_model: Path, tmp_path: Path
+) -> None:
+    uri = s3.put("m.gguf", b"not a model")
+    settings = {"MODEL_S3_URI": uri, "MODEL_CACHE_DIR": str(tmp_path), "AWS_LAMBDA_FUNCTION_NAME": NAME}
+    with Emulator({**s3.environment, **settings}) as function:
+        assert function.invoke(url_event(TALE))["statusCode"] == 500
+        s3.put("m.gguf", demo_model.read_bytes())
+        assert function.invoke(url_event(TALE))["statusCode"] == 200
+        names = [set(values(line)) for line in written(function)]
+    assert {"ColdStarts", "ColdStartTime", "ModelLoadTime"} in names
+    assert not any("EngineRestarts" in found for found in names)
+
+
 def test_each_request_has_one_line_with_the_id_of_its_answer(function: Emulator) -> None:
     replies = [function.invoke(url_event(request)) for request in (TALE, {"prompt": 5}, TALE | {"stream": True})]
     lines = [json.loads(line) for line in function.log().splitlines() if '"message":"request"' in line]

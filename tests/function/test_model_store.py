@@ -410,6 +410,30 @@ def test_a_directory_that_cannot_be_made(s3: S3, tmp_path: Path) -> None:
     assert "Not a directory" in str(error)
 
 
+def test_a_directory_of_somebody_else_is_not_used(s3: S3, tmp_path: Path) -> None:
+    """In one that all may write to, whoever makes it first could put a model there."""
+    tmp_path.chmod(0o1777)
+    uri = s3.put("m.gguf", MODEL)
+    ours, link, open_to_all = tmp_path / "ours", tmp_path / "link", tmp_path / "open"
+    ours.mkdir(mode=0o700)
+    link.symlink_to(ours)
+    open_to_all.mkdir()
+    open_to_all.chmod(0o777)
+    for directory in (link, open_to_all):
+        error = failure(ModelStore(Settings(model_s3_uri=uri, model_cache_dir=directory)))
+        assert (error.code, "it is another user's" in str(error)) == ("model_cache_unusable", True)
+    assert ModelStore(Settings(model_s3_uri=uri, model_cache_dir=ours)).fetch().read_bytes() == MODEL
+
+
+def test_a_link_is_no_lock(s3: S3, store: Store, cache: Path, tmp_path: Path) -> None:
+    (tmp_path / "precious").write_text("text")
+    uri = s3.put("m.gguf", MODEL)
+    cache.mkdir(exist_ok=True)
+    (cache / f"{hashlib.sha256(uri.encode()).hexdigest()[:16]}.lock").symlink_to(tmp_path / "precious")
+    assert failure(store(uri)).code == "model_cache_unusable"
+    assert (tmp_path / "precious").read_text() == "text"
+
+
 def test_threads_wait_for_one_copy(s3: S3, store: Store) -> None:
     shared = store(s3.put("m.gguf", MODEL))
     with ThreadPoolExecutor(8) as threads:

@@ -95,7 +95,7 @@ def test_an_address_that_is_none() -> None:
 
 
 def test_the_key_is_sent(wrong: str, headers: list[dict[str, str]]) -> None:
-    smoke(wrong, API_KEY=KEY)
+    smoke(wrong, BITNET_API_KEY=KEY)
     assert {header.get("authorization") for header in headers} == {f"Bearer {KEY}"}
 
 

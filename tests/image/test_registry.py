@@ -256,7 +256,7 @@ def test_from_the_image_to_the_line_for_curl(
     assert re.search(r"^  Storage +512$", outputs, re.MULTILINE)
     assert 'curl --aws-sigv4 "aws:amz:eu-west-1:lambda"' in outputs
     assert "https://abcdef.lambda-url.eu-west-1.on.aws/completion --data" in outputs
-    assert "Bearer $API_KEY" in deploy("AuthType=NONE")
+    assert "Bearer $BITNET_API_KEY" in deploy("AuthType=NONE")
     output("rmi", f"{ECR}/bitnet-lambda:{tag}")
     logins = json.loads((tmp_path / "auth.json").read_text())["auths"]
     assert list(logins) == [ECR]

@@ -61,7 +61,7 @@ def test_lines_that_are_wrong_are_named(tmp_path: Path) -> None:
     lines = [
         ({"prompt": 5}, "'prompt' must be"),
         ({"url": "/health", "body": {}}, "'url' must be one of"),
-        ({"prompt": "tale " * 1000}, "the prompt has 1003 tokens"),
+        ({"prompt": "tale " * 1000}, "the prompt has 1003 tokens, at most 255 fit into the context of 256"),
         ({"prompt": "a", "top_p": 7}, "'top_p' must be from 0 to 1, got 7"),
         ({"prompt": "a", "colour": "red"}, 'unknown field "colour"'),
         ({"url": chat, "body": CHAT | {"n": 99}}, "'n' must be from 1 to 16, got 99"),
@@ -97,13 +97,32 @@ def test_tokens_are_those_that_the_api_counts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("line", "said"), [('{"prompt"', "not JSON"), (json.dumps({"prompt": "x" * 200_000}), "bytes")]
+    ("line", "said"),
+    [
+        ('{"prompt"', "not JSON"),
+        (json.dumps({"prompt": "x" * 200_000}), "bytes"),
+        ("[" * 5000 + "]" * 5000, "not JSON"),
+    ],
 )
-def test_a_line_that_no_batch_takes_fails_all(tmp_path: Path, line: str, said: str) -> None:
-    done = estimate(write(tmp_path / "p.jsonl", {"prompt": "a"}, line))
+@pytest.mark.parametrize("others", [[], [{"prompt": "a"}]])
+def test_a_line_that_no_batch_takes_fails_all(tmp_path: Path, line: str, said: str, others: list[Any]) -> None:
+    done = estimate(write(tmp_path / "p.jsonl", *others, line))
     assert done.returncode == 1
-    assert "line 2: " in done.stderr
+    assert f"line {len(others) + 1}: " in done.stderr
     assert said in done.stderr
+    assert "1 lines are such that" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_the_longest_prompt_is_what_the_function_takes(tmp_path: Path) -> None:
+    """A context of 256 has room for 255 tokens and one of the answer, or for 256 if none is asked for."""
+    full = [5] * 256
+    done = estimate(
+        write(tmp_path / "p.jsonl", {"prompt": full[:-1]}, {"prompt": full}, {"prompt": full, "n_predict": 0})
+    )
+    rows = {line[:28].strip(): line[28:44].strip() for line in done.stdout.splitlines()}
+    assert (rows["prompts"], rows["lines that are refused"], rows["tokens of answers, at most"]) == ("2", "1", "1")
+    assert done.stderr == "line 2: the prompt has 256 tokens, at most 255 fit into the context of 256\n"
 
 
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
@@ -111,3 +130,17 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert (done.returncode, "is no file" in done.stderr) == (2, True)
     done = estimate(write(tmp_path / "p.jsonl", {"prompt": "a"}), "--items", "0")
     assert (done.returncode, "must be above 0" in done.stderr) == (2, True)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"), [("THREADS", "x", "'THREADS' must be"), ("MODEL_PATH", "none.gguf", "none.gguf")]
+)
+def test_what_the_engine_cannot_be_started_with_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, value: str, said: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    done = estimate(write(tmp_path / "p.jsonl", {"prompt": "a"}))
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith("batch-estimate: ")
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr

@@ -88,7 +88,7 @@ def test_damaged_weights_show_in_the_perplexity(demo_model: Path, expected: dict
     damaged.write_bytes(body)
     done = verify(damaged, expected, tmp_path)
     assert done.returncode == 1
-    assert "FAILED  perplexity" in done.stdout or "bitnet perplexity, exit code" in done.stdout
+    assert "FAILED  perplexity" in done.stdout or "bitnet perplexity, exit code" in done.stderr
 
 
 @pytest.mark.usefixtures("engine_path")
@@ -105,7 +105,7 @@ def test_a_file_that_is_no_model(expected: dict[str, Any], tmp_path: Path) -> No
     (tmp_path / "text.gguf").write_text("not a model")
     done = verify(tmp_path / "text.gguf", expected, tmp_path)
     assert done.returncode == 1
-    assert "not a GGUF file" in done.stdout
+    assert "not a GGUF file" in done.stderr
     assert "Traceback" not in done.stderr
 
 
@@ -114,7 +114,7 @@ def test_expectations_that_lack_something(demo_model: Path, expected: dict[str, 
     del expected["tensors"]
     done = verify(demo_model, expected, tmp_path)
     assert done.returncode == 1
-    assert "lacks 'tensors'" in done.stdout
+    assert "lacks 'tensors'" in done.stderr
 
 
 def test_what_is_expected_of_the_2b_model_is_its_layout() -> None:
