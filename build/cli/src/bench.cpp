@@ -7,10 +7,10 @@
 #include <nlohmann/json.hpp>
 #include <random>
 
+#include "clock.h"
 #include "draft.h"
 #include "error.h"
 #include "machine.h"
-#include "sequence.h"
 #include "session.h"
 #include "utf8.h"
 

@@ -31,36 +31,6 @@ bool is_allowed(std::span<const uint64_t> allowed, size_t token) {
   return allowed.empty() || (allowed[token / 64] >> token % 64 & 1) != 0;
 }
 
-// The k best of the candidates that are offered.
-class Best {
- public:
-  explicit Best(size_t k) : k_(k) { heap_.reserve(k); }
-
-  // What a logit must at least be to be taken.
-  const float& least() const { return least_; }
-
-  void offer(Candidate candidate) {
-    // A model with wrong weights may give NaN, which nothing could be ordered by.
-    if (std::isnan(candidate.logit)) candidate.logit = -kInfinity;
-    if (heap_.size() == k_) {
-      if (!better(candidate, heap_.front())) return;
-      std::pop_heap(heap_.begin(), heap_.end(), better);
-      heap_.pop_back();
-    }
-    heap_.push_back(candidate);
-    std::push_heap(heap_.begin(), heap_.end(), better);
-    if (heap_.size() == k_) least_ = heap_.front().logit;
-  }
-
-  const std::vector<Candidate>& all() const { return heap_; }
-  std::vector<Candidate> take() { return std::move(heap_); }
-
- private:
-  size_t k_;
-  std::vector<Candidate> heap_;  // the worst of them on top
-  float least_ = -kInfinity;
-};
-
 // The largest, in lanes that the compiler makes vectors of. NaN, of wrong weights, is passed over.
 float peak_of(std::span<const float> values) {
   constexpr size_t kPeakLanes = 16;
@@ -79,12 +49,6 @@ void sort_best(std::vector<Candidate>& candidates, size_t k) {
 }
 
 }  // namespace
-
-std::vector<Candidate> best_of(std::span<const float> logits, size_t k) {
-  Best best(k);
-  for (size_t i = 0; i < logits.size(); i++) best.offer({logits[i], static_cast<int32_t>(i)});
-  return best.take();
-}
 
 OutputLayer::OutputLayer(const Model& model, const Kernels& kernels, ThreadPool& pool, size_t max_outputs)
     : model_(model),

@@ -7,26 +7,12 @@
 #include <span>
 #include <vector>
 
+#include "candidate.h"
 #include "kernels/kernels.h"
 #include "model.h"
 #include "thread_pool.h"
 
 namespace bitnet {
-
-// A token and its logit.
-struct Candidate {
-  float logit;
-  int32_t token;
-  bool operator==(const Candidate&) const = default;
-};
-
-// Larger logits first, the lower id first of equals.
-inline bool better(const Candidate& a, const Candidate& b) {
-  return a.logit > b.logit || (a.logit == b.logit && a.token < b.token);
-}
-
-// The k largest of all logits (n_vocab), in no order.
-std::vector<Candidate> best_of(std::span<const float> logits, size_t k);
 
 class OutputLayer {
  public:

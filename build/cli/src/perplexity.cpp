@@ -3,21 +3,13 @@
 #include <algorithm>
 #include <cmath>
 
-#include "elementary.h"
 #include "error.h"
+#include "sampler.h"
 
 namespace bitnet {
 namespace {
 
 constexpr size_t kLogitRows = 32;  // positions whose logits are kept at a time: 16 MB for 128,256 tokens
-
-// −ln softmax(logits)[token]
-double surprise(std::span<const float> logits, TokenId token) {
-  const double best = *std::max_element(logits.begin(), logits.end());
-  double total = 0.0;
-  for (const float logit : logits) total += exponential(static_cast<double>(logit) - best);
-  return std::log(total) + best - static_cast<double>(logits[static_cast<size_t>(token)]);
-}
 
 }  // namespace
 
@@ -52,7 +44,7 @@ PerplexityResult perplexity(Engine& engine, std::span<const TokenId> tokens) {
       engine.transformer.forward(batch);
       engine.transformer.output().logits(logits.data());
       engine.pool.for_each(targets.size(), [&](size_t i, size_t) {
-        losses[i] = surprise(std::span(logits).subspan(i * n_vocab, n_vocab), targets[i]);
+        losses[i] = -log_probability(std::span(logits).subspan(i * n_vocab, n_vocab), targets[i], 0).chosen.value;
       });
       for (size_t i = 0; i < targets.size(); i++) total += losses[i];
       result.n_scored += targets.size();

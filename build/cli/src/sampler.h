@@ -9,9 +9,9 @@
 #include <unordered_map>
 #include <vector>
 
+#include "candidate.h"
 #include "dry.h"
 #include "tokenizer.h"
-#include "transformer.h"
 
 namespace bitnet {
 

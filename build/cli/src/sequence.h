@@ -11,6 +11,7 @@
 #include <string_view>
 #include <vector>
 
+#include "clock.h"
 #include "draft.h"
 #include "engine.h"
 #include "error.h"
@@ -18,12 +19,6 @@
 #include "text_stream.h"
 
 namespace bitnet {
-
-using Clock = std::chrono::steady_clock;
-
-inline double seconds_since(Clock::time_point start) {
-  return std::chrono::duration<double>(Clock::now() - start).count();
-}
 
 // What is asked for: one prompt, continued n times.
 struct Completion {

@@ -114,7 +114,8 @@ uint64_t Transformer::bytes_skipped() const {
   return n;
 }
 
-// Section 3 of the model's description, block after block.
+// Block after block: norm, q, k and v, rotation, attention, its own norm, output; norm, gate and up, relu² (gate) · up,
+// its own norm, down (arXiv 2504.12285).
 bool Transformer::forward(std::span<const BatchToken> batch, const std::function<bool()>& abandon) {
   assert(!batch.empty() && batch.size() <= max_batch_);
   const auto start = std::chrono::steady_clock::now();
