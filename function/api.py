@@ -190,7 +190,7 @@ class Api:
         return self._answer(replace(request.completion, prompts=(prompt,)), answer, call)
 
     def _models(self, _event: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        name = self._engine.describe(call.deadline)["model"]["name"]
+        name = self._engine.describe(call.deadline, call.cancellation)["model"]["name"]
         return {"object": "list", "data": [openai.model_body(name, self._created)]}
 
     def _model(self, event: Mapping[str, Any], call: Call) -> dict[str, Any]:
@@ -220,7 +220,7 @@ class Api:
         return {"prompt": chat_template.text(messages)}
 
     def _props(self, _event: Mapping[str, Any], call: Call) -> dict[str, Any]:
-        ready = self._engine.describe(call.deadline)
+        ready = self._engine.describe(call.deadline, call.cancellation)
         defaults = schema.completion_request({"prompts": ("",)}, self._settings).generation_settings(-1)
         return {
             "default_generation_settings": {"n_ctx": ready["n_ctx"], "params": defaults},
@@ -261,7 +261,7 @@ class Api:
 
     def _named(self, model: str | None, call: Call) -> Event:
         """The worker's `ready` event, if `model` is what it has or None."""
-        ready = self._engine.describe(call.deadline)
+        ready = self._engine.describe(call.deadline, call.cancellation)
         name = ready["model"]["name"]
         if model not in (None, name):
             message = f"there is no model {schema.describe(model)}: leave it out or send {json.dumps(name)}"
@@ -289,7 +289,7 @@ class Api:
             yield from self._computed(request, call)
 
     def _computed(self, request: CompletionRequest, call: Call) -> Generator[Event]:
-        ready = self._engine.describe(call.deadline)
+        ready = self._engine.describe(call.deadline, call.cancellation)
         biases = self._biases(request, call)
         asked = request.for_engine(biases, ready["add_bos"])
         entry = None

@@ -25,6 +25,7 @@ PUBLIC = frozenset(
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 10
 RETRY_AFTER_S = 1
+INCORRECT = "Incorrect API key provided"  # OpenAI's words, by which clients know what is wrong
 
 
 class ApiKey:
@@ -53,11 +54,11 @@ class ApiKey:
         given = next((value for name, value in event["headers"].items() if name.lower() == "authorization"), "")
         scheme, _, token = given.partition(" ")
         if scheme.lower() != "bearer" or not token.strip():
-            raise _unauthorized("an API key is required: send 'Authorization: Bearer KEY'")
+            raise _unauthorized(f"{INCORRECT}: there is none; send 'Authorization: Bearer KEY'")
         # All of them, so that the time tells nothing of which one is nearly right.
         right = [hmac.compare_digest(token.strip().encode(errors="replace"), key) for key in self._valid(deadline)]
         if not any(right):
-            raise _unauthorized("the API key is wrong")
+            raise _unauthorized(f"{INCORRECT}: it is none that is valid here")
 
     def document(self, document: dict[str, Any]) -> dict[str, Any]:
         """The OpenAPI document with what is asked of whoever has no key."""
@@ -77,8 +78,9 @@ class ApiKey:
     def _valid(self, deadline: float | None) -> tuple[bytes, ...]:
         with self._lock:
             if self._reading is None or (self._reading.done() and self._reading.exception() is not None):
-                self._reading = Future()
-                threading.Thread(target=self._read, args=(self._reading,), name="api-key", daemon=True).start()
+                reading = Future[tuple[bytes, ...]]()
+                threading.Thread(target=self._read, args=(reading,), name="api-key", daemon=True).start()
+                self._reading = reading  # now that it will have a result
             reading = self._reading
         if deadline is None:
             return reading.result()

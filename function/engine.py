@@ -37,6 +37,7 @@ STOPPING = "the server is stopping"
 TOO_LATE = "there is no time left but DEADLINE_MARGIN_MS; try again, or give the function more time"
 START_TIMEOUT_S = 120.0  # the 2B model takes a fifth of a second, and longer where its file comes from a slow disk
 OPTION = re.compile(r"--(ctx-size|kv-type|parallel|threads)\b")  # of the CLI: settings have the same names
+CANCEL_GRACE_S = 1.0  # at the end, for an engine that reads no more what it is told
 EXIT_GRACE_S = 0.15  # from SIGTERM to SIGKILL; Lambda gives the whole environment 300 ms
 
 
@@ -175,14 +176,14 @@ class Engine:
         """Completions that compute or wait."""
         return self._in_flight
 
-    def describe(self, deadline: float | None = None) -> Event:
+    def describe(self, deadline: float | None = None, cancellation: Cancellation | None = None) -> Event:
         """The worker's `ready` event, about the model; waits for it, until `deadline` (of `time.monotonic()`).
 
         Raises:
             ModelError: there is no model.
             EngineError: there is no engine.
         """
-        return self._ready_worker(deadline).ready.result()
+        return self._ready_worker(deadline, cancellation or Cancellation()).ready.result()
 
     def load(self) -> Future[_Worker]:
         """Begins to load the model unless that has been done; does not wait. The future holds the error if it fails."""
@@ -192,7 +193,10 @@ class Engine:
                 if self._stop.is_set():
                     self._loaded.set_exception(StoppingError(STOPPING))
                 else:
-                    threading.Thread(target=self._load, args=(self._loaded,), name="model-loader", daemon=True).start()
+                    try:
+                        _start_thread("model-loader", self._load, self._loaded)
+                    except StartError as error:
+                        self._loaded.set_exception(error)
             return self._loaded
 
     def capacity(self, deadline: float | None = None) -> int:
@@ -314,7 +318,7 @@ class Engine:
         mask: Callable[[], Mask] | None,
     ) -> Generator[Event]:
         for may_retry in (True, False):
-            worker = self._ready_worker(deadline)
+            worker = self._ready_worker(deadline, cancellation)
             timed = [self._timed(request, deadline) if op == "completion" else request for request in requests]
             begun = False
             try:
@@ -349,7 +353,7 @@ class Engine:
         source = self._settings.model_s3_uri if self._settings.model_path is None else None
         return StartError(f"{text}; the model is a copy of {source}" if source else text)
 
-    def _ready_worker(self, deadline: float | None) -> _Worker:
+    def _ready_worker(self, deadline: float | None, cancellation: Cancellation) -> _Worker:
         loaded = self.load()
         if loaded.done():
             return loaded.result()
@@ -361,10 +365,15 @@ class Engine:
             give_up_at = self._give_up_at(deadline)
             if give_up_at is not None and time.monotonic() >= give_up_at:
                 raise LateError(TOO_LATE)
-            return loaded.result(_left_s(give_up_at))
-        except FutureTimeoutError:
-            raise LoadingError("the model is still being loaded; try again, or give the function more time") from None
+            over = threading.Event()
+            loaded.add_done_callback(lambda _: over.set())
+            cancellation.attach(over.set)
+            over.wait(_left_s(give_up_at))
+            if not loaded.done():
+                raise LoadingError("the model is still being loaded; try again, or give the function more time")
+            return loaded.result()
         finally:
+            cancellation.attach(None)
             with self._lock:
                 self._waiting -= 1
 
@@ -406,9 +415,12 @@ class _Worker:
         except OSError as error:
             raise StartError(f"cannot run {command[0]}: {error.strerror}") from error
         os.set_blocking(self._process.stdin.fileno(), False)  # type: ignore[union-attr]
-        logs = threading.Thread(target=self._drain_log, name="worker-log", daemon=True)
-        logs.start()
-        threading.Thread(target=self._dispatch, args=(logs,), name="worker-events", daemon=True).start()
+        try:
+            _start_thread("worker-events", self._dispatch, _start_thread("worker-log", self._drain_log))
+        except StartError:
+            self._process.kill()
+            self._process.wait()
+            raise
 
     def ask(
         self,
@@ -479,7 +491,7 @@ class _Worker:
         self._ending = True
         with self._lock:
             names = list(reversed(self._inboxes))  # those in the queue first, so that none of them begins
-        self._cancel(names)
+        self._cancel(names, time.monotonic() + CANCEL_GRACE_S)
 
     def stop(self) -> None:
         """SIGTERM, at which the worker ends at once, then SIGKILL."""
@@ -491,10 +503,10 @@ class _Worker:
             with suppress(subprocess.TimeoutExpired):
                 self._process.wait(EXIT_GRACE_S)
 
-    def _cancel(self, names: Iterable[str]) -> None:
-        with suppress(DiedError):
+    def _cancel(self, names: Iterable[str], give_up_at: float | None = None) -> None:
+        with suppress(DiedError, HungError):
             for name in names:
-                self._send({"op": "cancel", "id": name})
+                self._send({"op": "cancel", "id": name}, give_up_at)
 
     def _send(self, message: Mapping[str, Any], give_up_at: float | None = None) -> None:
         line = json.dumps(message, ensure_ascii=False, separators=(",", ":")).encode() + b"\n"
@@ -530,16 +542,23 @@ class _Worker:
 
     def _dispatch(self, logs: threading.Thread) -> None:
         """Hands events to those who asked, until the worker ends; then says so to all of them."""
+        try:
+            self._deliver_all()
+        finally:
+            self._bury(logs)
+
+    def _deliver_all(self) -> None:
         stdout = self._process.stdout
         assert stdout is not None
-        with stdout:
-            for line in stdout:
-                try:
-                    event = json.loads(line)
-                    self._deliver(event)
-                except (ValueError, KeyError, TypeError, AttributeError):
-                    logger.error("the worker wrote a line that is no event; ending it")
-                    break
+        try:
+            with stdout:
+                for line in stdout:
+                    self._deliver(json.loads(line))
+        except Exception as error:  # it is no event, or there is no memory for it
+            kind = type(error).__name__
+            logger.error("what the worker wrote cannot be read; ending it", extra={"error_type": kind})
+
+    def _bury(self, logs: threading.Thread) -> None:
         try:
             self._process.wait(EXIT_GRACE_S)
         except subprocess.TimeoutExpired:
@@ -587,6 +606,15 @@ class _Worker:
         code = self._process.returncode
         how = f"signal {-code}" if code is not None and code < 0 else f"exit code {code}"
         return f"{self._log[-1].removeprefix('bitnet: ')} ({how})" if self._log else how
+
+
+def _start_thread(name: str, function: Callable[..., None], *arguments: object) -> threading.Thread:
+    thread = threading.Thread(target=function, args=arguments, name=name, daemon=True)
+    try:
+        thread.start()
+    except RuntimeError as error:  # as many as the system allows
+        raise StartError(f"cannot start the engine: {error}") from None
+    return thread
 
 
 def _left_s(give_up_at: float | None) -> float | None:

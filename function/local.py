@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import os
+import signal
+
+if __name__ == "__main__":  # before the other imports, which take a while: process 1 of a container ends at no signal
+    for _number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(_number, lambda *_: os._exit(0))
+
 import asyncio
 import base64
 import contextlib
-import signal
 import socket
 import sys
 import uuid

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,13 +32,14 @@ MAX_TOP_LOGPROBS = 20
 MAX_TEXT_LOGPROBS = 5
 MAX_BIAS = 100
 
-INERT = {"metadata", "prompt_cache_retention", "safety_identifier", "store", "user"}
+INERT = {"metadata", "prompt_cache_options", "prompt_cache_retention", "safety_identifier", "store", "user"}
 _NEUTRAL: dict[str, tuple[object, ...]] = {"service_tier": ("auto", "default")}
 CHAT_NEUTRAL: dict[str, tuple[object, ...]] = _NEUTRAL | {
     "audio": (),
     "function_call": ("none", "auto"),
     "functions": ([],),
     "modalities": (["text"],),
+    "moderation": (),
     "prediction": (),
     "reasoning_effort": ("none",),
     "verbosity": ("medium",),
@@ -50,9 +51,10 @@ MESSAGE_NEUTRAL: dict[str, tuple[object, ...]] = {
     "annotations": ([],),
     "audio": (),
     "function_call": (),
-    "refusal": (),
 }
-MESSAGE_INERT = {"parsed"}  # openai-python's own, of an answer that it has read
+# openai-python's own, of an answer that it has read; LiteLLM's; what a model thought before another answer; hints.
+MESSAGE_INERT = {"parsed", "provider_specific_fields", "reasoning_content", *tools.HINTS}
+PART_KINDS = ("text", "refusal")
 
 
 @dataclass(frozen=True)
@@ -89,33 +91,41 @@ class SpeakerName:
 
 @dataclass(frozen=True)
 class Content:
-    """A text, or an array of parts `{"type": "text", "text": …}`, which are joined."""
+    """A text, or an array of parts `{"type": "text", "text": …}`, which are joined. A refusal is a text, too."""
 
     max_bytes: int
 
     def __call__(self, name: str, value: object) -> str:
         """Checks `value`."""
         check = Text(self.max_bytes)
-        if not isinstance(value, list):
+        if isinstance(value, str):
             return check(name, value)
-        texts: list[str] = []
-        for index, part in enumerate(value):
-            where = f"{name}[{index}]"
-            if not isinstance(part, dict) or part.get("type") != "text" or part.keys() != {"type", "text"}:
-                raise invalid(f'\'{where}\' must be {{"type": "text", "text": …}}, got {describe(part)}', param=name)
-            texts.append(check(f"{where}.text", part["text"], param=name))
-        return check(name, "".join(texts))
+        if not isinstance(value, list):
+            message = f"'{name}' must be a string or an array of parts, got {describe(value)}"
+            raise invalid(message, param=name, code="invalid_type")
+        return check(name, "".join(self._text(f"{name}[{index}]", part, name) for index, part in enumerate(value)))
+
+    def _text(self, where: str, part: object, name: str) -> str:
+        """That of a part."""
+        if not isinstance(part, dict):
+            raise invalid(f"'{where}' must be an object, got {describe(part)}", param=name, code="invalid_type")
+        kind = part.get("type")
+        if kind not in PART_KINDS:
+            raise invalid(
+                f"'{where}.type' must be \"text\", got {describe(kind)}", param=name, code="unsupported_field"
+            )
+        try:
+            given = schema.check(part, {kind: Text(self.max_bytes)}, [kind], inert={"type", *tools.HINTS})
+        except schema.ApiError as error:
+            raise invalid(f"'{where}': {error.message}", param=name, code=error.code) from None
+        text: str = given[kind]
+        return text
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
-        text = Text(self.max_bytes).document()
-        part = {
-            "type": "object",
-            "properties": {"type": {"const": "text"}, "text": text},
-            "required": ["type", "text"],
-            "additionalProperties": False,
-        }
-        return {"anyOf": [text, {"type": "array", "items": part}]}
+        text = Text(self.max_bytes)
+        parts = [_variant(kind, {kind: text}, [kind], tools.HINTS) for kind in PART_KINDS]
+        return {"anyOf": [text.document(), {"type": "array", "items": {"anyOf": parts}}]}
 
 
 @dataclass(frozen=True)
@@ -147,6 +157,7 @@ class Messages:
         return {
             "role": Role(),
             "content": Content(self.max_bytes),
+            "refusal": Text(self.max_bytes),
             "name": SpeakerName(),
             "tool_calls": tools.Calls(self.max_bytes),
             "tool_call_id": Text(MAX_ID_BYTES),
@@ -158,19 +169,27 @@ class Messages:
             raise invalid(f"'{where}' must be an object, got {describe(value)}", param="messages", code="invalid_type")
         try:
             given = schema.check(value, self._kinds(), ["role"], MESSAGE_NEUTRAL, MESSAGE_INERT)
-            return _rendered(given, called)
+            return _rendered(given, called, is_null="content" in value)
         except schema.ApiError as error:
             raise invalid(f"'{where}': {error.message}", param="messages", code=error.code) from None
 
 
-def _rendered(given: Mapping[str, Any], called: dict[str, str]) -> Message:
-    """A message as the template takes it: who speaks, and text. Names and calls become part of the text."""
+def _rendered(given: Mapping[str, Any], called: dict[str, str], *, is_null: bool) -> Message:
+    """A message as the template takes it: who speaks, and text. Names and calls become part of the text.
+
+    `is_null`: content that is not in `given` was sent, as null.
+    """
     role, calls = given["role"], given.get("tool_calls", ())
     if calls and role != "assistant":
         raise invalid(f"'tool_calls' is for the role assistant, got {describe(role)}", param="tool_calls")
-    if "content" not in given and ("tool_calls" not in given or role != "assistant"):
+    if "refusal" in given and role != "assistant":
+        raise invalid(f"'refusal' is for the role assistant, got {describe(role)}", param="refusal")
+    if "content" not in given and not (role == "assistant" and given.keys() & {"tool_calls", "refusal"}):
+        if is_null:
+            message = "'content' must be a string or an array of parts, got null"
+            raise invalid(message, param="content", code="invalid_type")
         raise invalid("'content' is required", param="content", code="missing_field")
-    texts = [given["content"]] if given.get("content") else []
+    texts = [given[field] for field in ("content", "refusal") if given.get(field)]
     texts += [call.text for call in calls]
     called |= {call.identifier: call.name for call in calls}
     name = given.get("name")
@@ -193,61 +212,58 @@ class ResponseFormat:
 
     def __call__(self, name: str, value: object) -> Structure | None:
         """Checks `value`."""
-        asked: Any = value
-        match asked:
-            case {"type": "text"} if len(asked) == 1:
-                return None
-            case {"type": "json_object"} if asked.keys() <= {"type", "schema"}:  # llama.cpp's may have a schema
-                rest = {key: item for key, item in asked.items() if key != "type"}
-                given = self._checked(name, rest, {"schema": schema.Object()}, [])
-                return Structure("json_schema", given.get("schema", '{"type":"object"}'), name)
-            case {"type": "json_schema", "json_schema": dict(wrapped)} if len(asked) == 2:
-                kinds: dict[str, Kind] = {
-                    "name": tools.FunctionName(),
-                    "description": Text(tools.MAX_DESCRIPTION_BYTES),
-                    "schema": schema.Object(),
-                    "strict": Boolean(),
-                }
-                given = self._checked(f"{name}.json_schema", wrapped, kinds, ["name"])
-                return Structure("json_schema", given.get("schema", "{}"), name)
-        accepted = '{"type": "text"}, {"type": "json_object"} or {"type": "json_schema", "json_schema": {…}}'
-        raise invalid(f"'{name}' must be {accepted}, got {describe(value)}", param=name)
+        if not isinstance(value, dict):
+            raise invalid(f"'{name}' must be an object, got {describe(value)}", param=name, code="invalid_type")
+        kind = value.get("type")
+        if not isinstance(kind, str) or kind not in self._variants():
+            accepted = ", ".join(self._variants())
+            raise invalid(f"'{name}.type' must be one of {accepted}, got {describe(kind)}", param=name)
+        kinds, required = self._variants()[kind]
+        given = self._checked(name, value, kinds, required)
+        if kind == "text":
+            return None
+        if kind == "json_object":  # llama.cpp's may have a schema
+            return Structure("json_schema", given.get("schema", '{"type":"object"}'), name)
+        wrapped = self._checked(f"{name}.json_schema", given["json_schema"], self._wrapped(), ["name"])
+        return Structure("json_schema", wrapped.get("schema", "{}"), name)
 
     def document(self) -> dict[str, Any]:
         """The same in JSON Schema."""
+        variants = {kind: _variant(kind, *fields) for kind, fields in self._variants().items()}
+        variants["json_schema"]["properties"]["json_schema"] = schema.document(self._wrapped(), ["name"])
+        return {"anyOf": list(variants.values())}
 
-        def variant(kind: str, properties: dict[str, Any], required: list[str]) -> dict[str, Any]:
-            return {
-                "type": "object",
-                "properties": {"type": {"const": kind}} | properties,
-                "required": ["type", *required],
-                "additionalProperties": False,
-            }
-
-        wrapped = {
-            "type": "object",
-            "properties": {
-                "name": tools.FunctionName().document(),
-                "description": Text(tools.MAX_DESCRIPTION_BYTES).document(),
-                "schema": schema.Object().document(),
-                "strict": {"type": ["boolean", "null"]},
-            },
-            "required": ["name"],
-            "additionalProperties": False,
-        }
+    def _variants(self) -> dict[str, tuple[dict[str, Kind], list[str]]]:
+        """The fields beside `type`, and those that must be there."""
         return {
-            "anyOf": [
-                variant("text", {}, []),
-                variant("json_object", {"schema": schema.Object().document()}, []),
-                variant("json_schema", {"json_schema": wrapped}, ["json_schema"]),
-            ]
+            "text": ({}, []),
+            "json_object": ({"schema": schema.Object()}, []),
+            "json_schema": ({"json_schema": schema.Fields()}, ["json_schema"]),
+        }
+
+    def _wrapped(self) -> dict[str, Kind]:
+        return {
+            "name": tools.FunctionName(),
+            "description": Text(tools.MAX_DESCRIPTION_BYTES),
+            "schema": schema.Object(),
+            "strict": Boolean(),
         }
 
     def _checked(self, name: str, value: dict[str, Any], kinds: dict[str, Kind], required: list[str]) -> dict[str, Any]:
         try:
-            return schema.check(value, kinds, required)
+            return schema.check(value, kinds, required, inert={"type"} if "type" in value else ())
         except schema.ApiError as error:
             raise invalid(f"'{name}': {error.message}", param="response_format", code=error.code) from None
+
+
+def _variant(
+    kind: str, kinds: Mapping[str, Kind], required: Sequence[str], inert: Collection[str] = ()
+) -> dict[str, Any]:
+    """The JSON Schema of an object of this `type`."""
+    document = schema.document(kinds, required, inert=inert)
+    document["properties"] = {"type": {"const": kind}} | document["properties"]
+    document["required"] = ["type", *required]
+    return document
 
 
 @dataclass(frozen=True)
@@ -325,6 +341,8 @@ class Request:
     messages: tuple[Message, ...] = ()
     calls: bool = False
     """Whether an answer may be calls of tools."""
+    must_call: bool = False
+    """Whether it cannot be anything else."""
     echo: bool = False
     logprobs: bool = False
     """Of a text: whether they are in the answer. `best_of` needs them anyway."""
@@ -361,7 +379,8 @@ def parse_chat(body: Mapping[str, object], settings: Settings) -> Request:
         structure = tools.structure(callable_tools, **how)
         messages = with_instructions(messages, tools.instructions(callable_tools, **how))
     given |= {"prompts": (), "n_predict": length, "structure": structure, "n_probs": given.pop("top_logprobs", 0)}
-    return replace(_request(given, settings), messages=messages, calls=bool(callable_tools))
+    must_call = bool(callable_tools) and choice is not None and choice.mode == "required"
+    return replace(_request(given, settings), messages=messages, calls=bool(callable_tools), must_call=must_call)
 
 
 def with_instructions(messages: Sequence[Message], text: str) -> tuple[Message, ...]:
@@ -477,7 +496,7 @@ class ChatAnswer(_Answer):
 
     def opening(self, model: str) -> list[dict[str, Any]]:
         """Who speaks."""
-        delta = {"role": "assistant", "content": "", "refusal": None}
+        delta = {"role": "assistant", "content": None if self._request.must_call else "", "refusal": None}
         return [self._chunk(model, [_delta(index, delta)]) for index in range(self._request.completion.n)]
 
     def _choice(self, index: int, done: Mapping[str, Any]) -> dict[str, Any]:

@@ -35,6 +35,7 @@ UNFINISHED = re.compile(r"[0-9a-f]{64}\.(\d+\.part(\.\w+)?|kv\.\d+\.tmp)")  # ou
 UNFINISHED_S = 60  # without a write, after which nobody lives who would end such a file
 USEFUL_TOKENS = 32  # shared with a prompt, below which the file is another prompt's: all begin with the same token
 PAUSE_S = 60  # without S3 after it failed
+CUT = ("cancelled", "deadline")  # before the prompt was computed, perhaps
 MIN_COPY_S = 0.4  # without so much time a copy is not begun
 DOWNLOAD_SHARE = 0.25  # of the time that is left to a request; the rest is for its answer
 CONNECT_TIMEOUT_S = 2
@@ -101,6 +102,8 @@ class PromptCache:
                 self._evict(entry.path)
                 upload = partial(self._upload, entry.path)
                 self._copy("a prompt's cache cannot be copied to S3", upload, self._left_s(deadline))
+            elif entry.save and done["stop_type"] not in CUT:
+                logger.warning("a prompt's cache was not written; the engine's log has the reason (LOG_LEVEL=DEBUG)")
             elif done["cache_file"] == "invalid" or done["tokens_cached"] < USEFUL_TOKENS:
                 with self._lock:
                     self._useless.add(entry.path)

@@ -402,6 +402,21 @@ class LogitBias:
 
 
 @dataclass(frozen=True)
+class Fields:
+    """A JSON object whose fields are checked by somebody else."""
+
+    def __call__(self, name: str, value: object) -> dict[str, Any]:
+        """Checks `value`."""
+        if not isinstance(value, dict):
+            raise invalid(f"'{name}' must be an object, got {describe(value)}", param=name, code="invalid_type")
+        return value
+
+    def document(self) -> dict[str, Any]:
+        """The same in JSON Schema."""
+        return {"type": "object"}
+
+
+@dataclass(frozen=True)
 class Object:
     """Any JSON object, as the text that spells it."""
 

@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from function import json_schema
-from function.schema import ApiError, Boolean, Kind, Object, Structure, Text, check, describe, document, invalid
+from function.schema import ApiError, Boolean, Fields, Kind, Object, Structure, Text, check, describe, document, invalid
 from function.structured import JSON_OPTIONS, refusal
 
 MAX_TOOLS = 128
 MAX_TOOL_CALLS = 128  # of a message
 MAX_DESCRIPTION_BYTES = 16_384
 MAX_NAME_CHARACTERS = 64
+HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})  # of where a cache might begin: ours needs none
 CALL_INERT = {"parsed_arguments"}  # openai-python's own, of a call that it has read
 NAME_PATTERN = "^[a-zA-Z0-9_-]{1,64}$"
 
@@ -149,19 +150,20 @@ class ToolChoice:
 
     def __call__(self, name: str, value: object) -> Choice:
         """Checks `value`."""
-        given: Any = value
-        match given:
+        if isinstance(value, dict) and value.get("type") == "function":
+            return Choice("required", (self._named(name, value, name),), once=True)
+        match value:
             case "none" | "auto" | "required":
                 return Choice(str(value))
-            case {"type": "function", "function": {"name": str(function), **others}} if not others and len(given) == 2:
-                return Choice("required", (function,), once=True)
             case {
                 "type": "allowed_tools",
                 "allowed_tools": {"mode": "auto" | "required" as mode, "tools": list(tools)},
             }:
-                return Choice(mode, tuple(self._allowed(name, index, tool) for index, tool in enumerate(tools)))
+                where = f"{name}.allowed_tools.tools"
+                return Choice(mode, tuple(self._named(f"{where}[{i}]", tool, name) for i, tool in enumerate(tools)))
         accepted = (
-            '"none", "auto", "required", {"type": "function", "function": {"name": …}} or {"type": "allowed_tools", …}'
+            '"none", "auto", "required", {"type": "function", "function": {"name": …}} or '
+            '{"type": "allowed_tools", "allowed_tools": {"mode": "auto" or "required", "tools": […]}}'
         )
         raise invalid(f"'{name}' must be {accepted}, got {describe(value)}", param=name)
 
@@ -193,11 +195,9 @@ class ToolChoice:
         }
         return {"anyOf": [{"enum": ["none", "auto", "required"]}, function, some]}
 
-    def _allowed(self, name: str, index: int, tool: object) -> str:
-        match tool:
-            case {"type": "function", "function": {"name": str(function)}}:
-                return function
-        raise invalid(f"'{name}.allowed_tools.tools[{index}]' must name a function, got {describe(tool)}", param=name)
+    def _named(self, where: str, tool: object, name: str) -> str:
+        function: str = _function(where, tool, {"name": FunctionName()}, ["name"], name)["name"]
+        return function
 
 
 def chosen(tools: Sequence[Tool], choice: Choice | None) -> tuple[Tool, ...]:
@@ -345,19 +345,20 @@ def _function(
     inert: Collection[str] = (),
 ) -> dict[str, Any]:
     """The checked fields of the function in `{"type": "function", "function": {…}}`."""
-    given: Any = value
-    match given:
-        case {"type": "function", "function": dict(function)} if len(given) == 2:
-            try:
-                return check(function, kinds, required, inert=inert)
-            except ApiError as error:
-                raise invalid(f"'{where}.function': {error.message}", param=name, code=error.code) from None
-        case {"type": str(other)} if other != "function":
-            raise invalid(
-                f"'{where}.type' must be \"function\", got {describe(other)}", param=name, code="unsupported_field"
-            )
-    message = f'\'{where}\' must be {{"type": "function", "function": {{…}}}}, got {describe(value)}'
-    raise invalid(message, param=name, code="invalid_type")
+    if not isinstance(value, dict):
+        raise invalid(f"'{where}' must be an object, got {describe(value)}", param=name, code="invalid_type")
+    if (kind := value.get("type")) is not None and kind != "function":
+        message = f"'{where}.type' must be \"function\", got {describe(kind)}"
+        raise invalid(message, param=name, code="unsupported_field")
+    place = where
+    try:
+        given = check(
+            value, {"type": Text(MAX_NAME_CHARACTERS), "function": Fields()}, ["type", "function"], inert=HINTS
+        )
+        place = f"{where}.function"
+        return check(given["function"], kinds, required, inert=inert)
+    except ApiError as error:
+        raise invalid(f"'{place}': {error.message}", param=name, code=error.code) from None
 
 
 def _function_document(
@@ -365,7 +366,8 @@ def _function_document(
 ) -> dict[str, Any]:
     return {
         "type": "object",
-        "properties": {"type": {"const": "function"}, "function": document(kinds, required, inert=inert)},
+        "properties": {"type": {"const": "function"}, "function": document(kinds, required, inert=inert)}
+        | dict.fromkeys(sorted(HINTS), True),
         "required": ["type", "function"],
         "additionalProperties": False,
     }

@@ -159,6 +159,11 @@ def other_tokenizer(gguf: Gguf) -> None:
     gguf.data[start:end] = b"bert"
 
 
+def other_split(gguf: Gguf) -> None:
+    start, end = gguf.text("tokenizer.ggml.pre")
+    gguf.data[start:end] = b"qwen2-bpe"
+
+
 def tensor_not_finite(gguf: Gguf) -> None:
     """The scale of an I2_S tensor lies behind its codes; the last of the file is blk.5.ffn_down.weight."""
     norm = 256 * 4
@@ -170,6 +175,12 @@ def tensor_not_finite(gguf: Gguf) -> None:
 WRONG_MODELS: dict[str, tuple[Change, int, list[str]]] = {
     "architecture": (other_architecture, UNSUPPORTED, ["general.architecture", '"bitnet-b1.59"', "bitnet-b1.58"]),
     "tokenizer": (other_tokenizer, UNSUPPORTED, ["tokenizer.ggml.model", '"bert"', "gpt2"]),
+    "split": (other_split, UNSUPPORTED, ["tokenizer.ggml.pre", '"qwen2-bpe"', '"llama-bpe"']),
+    "tensor of a layer that there is not": (
+        lambda gguf: gguf.set_key(f"{ARCHITECTURE}.block_count", 5),
+        UNSUPPORTED,
+        ["blk.5.", "do not have"],
+    ),
     "tensor type": (
         lambda gguf: gguf.set_tensor_type("blk.3.attn_q.weight", 99),
         UNSUPPORTED,
@@ -396,16 +407,16 @@ def test_a_prompt_longer_than_the_context(bitnet: Bitnet, demo_model: Path, tmp_
     code, message = bitnet.error(*options, "--ctx-size", n_prompt)
     assert code == CONTEXT
     assert f"prompt has {n_prompt} tokens" in message
-    assert f"context holds {n_prompt} " in message
+    assert f"context size of {n_prompt} " in message
     assert bitnet.run(*options, "--ctx-size", n_prompt + 1).returncode == 0
     assert bitnet.run(*options, "--ctx-size", n_prompt, "-n", 0).returncode == 0
     assert bitnet.error(*options, "--ctx-size", n_prompt - 1, "-n", 0)[0] == CONTEXT
 
     code, message = bitnet.error("generate", "-m", demo_model, "-p", "many words " * 300)
     assert code == CONTEXT
-    assert "context holds 256 " in message
+    assert "exceeds the available context size of 256 tokens" in message
     code, message = bitnet.error("logits", "-m", demo_model, "--tokens", "1,2,3", "-o", "x", "--ctx-size", 2)
-    assert (code, "3 tokens" in message, "holds 2 " in message) == (CONTEXT, True, True)
+    assert (code, "3 tokens" in message, "size of 2 " in message) == (CONTEXT, True, True)
     code, message = bitnet.error("bench", "-m", demo_model, "--prompt-tokens", 10, "--depth", 250)
     assert (code, "260" in message or "314" in message, "holds 256" in message) == (CONTEXT, True, True)
     (tmp_path / "text").write_text("many words " * 150 + "\n---\n" + "many words " * 150)

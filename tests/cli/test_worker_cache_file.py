@@ -135,6 +135,20 @@ def test_a_model_that_computes_otherwise_is_another(
     assert (saved["cache_file"], done["cache_file"], done["tokens_cached"]) == ("saved", "invalid", 0)
 
 
+def test_a_model_with_other_weights_is_another(
+    saved: Event, file: Path, bitnet: Bitnet, demo_model: Path, tmp_path: Path
+) -> None:
+    """Ternary ones, of which all that has a name and a scale tells nothing: here the second half of the file's."""
+    data = bytearray(demo_model.read_bytes())
+    half = len(data) // 2
+    data[half:] = data[half:].replace(b"\x96", b"\x69")
+    model = tmp_path / "other.gguf"
+    model.write_bytes(data)
+    with started(bitnet, model) as worker:
+        done = ask(worker, file)
+    assert (saved["cache_file"], done["cache_file"], done["tokens_cached"]) == ("saved", "invalid", 0)
+
+
 def test_another_cache_type_or_context_does_not_fit(saved: Event, file: Path, bitnet: Bitnet, demo_model: Path) -> None:
     with started(bitnet, demo_model, "--kv-type", "f32") as worker:
         assert ask(worker, file)["cache_file"] == "invalid"

@@ -119,6 +119,7 @@ def test_a_secret_of_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
     secrets: Any = boto3.client("secretsmanager")
     monkeypatch.setenv("API_KEY_ARN", secrets.create_secret(Name="text", SecretBinary=KEY.encode())["ARN"])
     assert (ask(f"Bearer {KEY}")[0], ask(f"Bearer {KEY}x")[0]) == (200, 401)
+    application().engine.stop()
     application.cache_clear()
     monkeypatch.setenv("API_KEY_ARN", secrets.create_secret(Name="no text", SecretBinary=b"\xff")["ARN"])
     status, body = ask(f"Bearer {KEY}")

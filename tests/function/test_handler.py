@@ -422,6 +422,7 @@ def test_a_cancellation_ends_it_within_a_token(setup: Setup, endless_model: Path
 
 def test_a_cancellation_before_it_begins(setup: Setup, endless_model: Path) -> None:
     setup(MODEL_PATH=endless_model, CTX_SIZE=32_768)
+    application().engine.describe()  # the model is there: who hangs up before that has no answer
     cancellation = Cancellation()
     cancellation.cancel()
     assert json.loads(list(begin(ENDLESS, cancellation))[-1].removeprefix("data: "))["stop_type"] == "cancelled"
@@ -605,6 +606,26 @@ def test_an_engine_or_model_that_is_not_to_be_had(
     assert (status, body["error"]["type"], body["error"]["code"]) == (500, "server_error", code)
     assert says in body["error"]["message"]
     assert post("", path="/health", method="GET") == (200, {"status": "ok", "model": "not_loaded"})
+
+
+def test_a_thread_that_cannot_be_had_is_asked_for_again(
+    setup: Setup, monkeypatch: pytest.MonkeyPatch, demo_model: Path
+) -> None:
+    setup(MODEL_PATH=demo_model)
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        if thread.name in ("model-loader", "worker-events"):
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    for _ in range(2):
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            status, body = post({"prompt": "a"})
+        assert (status, body["error"]["code"]) == (500, "engine_start_failed")
+        assert "can't start new thread" in body["error"]["message"]
+    assert post({"prompt": "a", "n_predict": 1})[0] == 200
 
 
 def test_what_can_be_mended_is_tried_again(setup: Setup, tmp_path: Path, demo_model: Path) -> None:

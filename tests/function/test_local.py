@@ -132,6 +132,19 @@ def test_a_signal_while_somebody_does_not_read(endless: Server) -> None:
     assert "Traceback" not in endless.log()
 
 
+def test_a_signal_while_the_engine_stands_still(server: Server) -> None:
+    """Its pipe is full, so nobody can tell it anything."""
+    os.kill(server.engine, signal.SIGSTOP)
+    long = json.dumps({"prompt": "word " * 20_000}).encode()
+    with ThreadPoolExecutor(3) as clients:
+        asked = [clients.submit(server.request, "POST", "/completion", long) for _ in range(3)]
+        eventually(lambda: server.in_flight() == 3)
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(60) == 0
+        assert all(answer.exception() or answer.result()[0].status >= 500 for answer in asked)
+    assert "Traceback" not in server.log()
+
+
 def test_a_request_that_breaks_off_is_forgotten(server: Server) -> None:
     with socket.create_connection(("127.0.0.1", server.port)) as connection:
         connection.sendall(b'POST /completion HTTP/1.1\r\nHost: x\r\nContent-Length: 100\r\n\r\n{"prompt":"a"}')
@@ -235,6 +248,22 @@ def test_the_queue_for_the_model_has_a_limit(copy: Copy, log: Path) -> None:
         assert server.health()[0] == 503
         copy.go_on.set()
         assert sorted(answer.result()[0].status for answer in asked) == [200] * 2 + [503] * 4
+
+
+def test_who_hangs_up_while_the_model_is_loaded_leaves_the_queue(copy: Copy, log: Path) -> None:
+    with Server(log, **copy.settings, QUEUE_LIMIT=1) as server, ThreadPoolExecutor(1) as thread:
+        assert copy.begun.wait(60)
+        gone = [server.connect() for _ in range(2)]
+        for connection in gone:
+            connection.request("POST", "/completion", json.dumps(TALE))
+        eventually(lambda: server.in_flight() == 2)
+        for connection in gone:
+            connection.close()
+        eventually(lambda: server.in_flight() == 0)
+        early = thread.submit(server.post, TALE)
+        eventually(lambda: server.in_flight() == 1)
+        copy.go_on.set()
+        assert early.result()[1]["content"] == TEXT
 
 
 def test_a_signal_while_the_model_is_loaded(copy: Copy, log: Path) -> None:

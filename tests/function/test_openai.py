@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import os
+import re
 import signal
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -174,7 +175,7 @@ def test_models(client: openai.OpenAI) -> None:
         ({"tool_choice": "always"}, "tool_choice", "invalid_value"),
         ({"functions": [{"name": "f"}]}, "functions", "unsupported_field"),
         ({"response_format": {"type": "xml"}}, "response_format", "invalid_value"),
-        ({"response_format": {"type": "json_schema"}}, "response_format", "invalid_value"),
+        ({"response_format": {"type": "json_schema"}}, "response_format", "missing_field"),
         ({"response_format": {"type": "json_schema", "json_schema": {}}}, "response_format", "missing_field"),
         ({"reasoning_effort": "high"}, "reasoning_effort", "unsupported_field"),
         ({"modalities": ["audio"]}, "modalities", "unsupported_field"),
@@ -194,11 +195,11 @@ def test_models(client: openai.OpenAI) -> None:
         ({"messages": [{"role": "tool", "content": "x", "tool_call_id": "c"}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x", "tool_call_id": "c"}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x", "tool_calls": [CALL]}]}, "messages", "invalid_value"),
-        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]}, "messages", "invalid_type"),
+        ({"messages": [{"role": "assistant", "tool_calls": [{"id": "c"}]}]}, "messages", "missing_field"),
         ({"messages": [{"role": "user", "content": "x", "name": "A\nB"}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": "x", "name": "é" * 65}]}, "messages", "invalid_value"),
         ({"messages": [{"role": "user", "content": 5}]}, "messages", "invalid_type"),
-        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "invalid_value"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages", "unsupported_field"),
         ({"messages": [{"role": "user", "content": "é" * 1025}] * 2}, "messages", "too_long"),
         ({"messages": [{"role": "user", "content": [{"type": "text", "text": "é" * 2049}]}]}, "messages", "too_long"),
     ],
@@ -211,6 +212,88 @@ def test_what_cannot_be_honoured_is_refused_by_name(
     assert (caught.value.param, caught.value.code) == (param, code)
     assert f"'{param}" in caught.value.message or code == "unknown_field"
     assert caught.value.type == "invalid_request_error"
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"content": None}, "'content' must be a string or an array of parts, got null"),
+        ({"content": 5}, "'content' must be a string or an array of parts, got 5"),
+        ({"content": [{"type": "image_url"}]}, '\'content[0].type\' must be "text", got "image_url"'),
+        ({"content": [{"type": "text", "text": "a", "x": 1}]}, "'content[0]': unknown field \"x\""),
+        ({"content": [{"type": "text"}]}, "'content[0]': 'text' is required"),
+        ({"content": "a", "refusal": "no"}, "'refusal' is for the role assistant, got \"user\""),
+    ],
+)
+def test_what_is_wrong_in_a_message_is_named(client: openai.OpenAI, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError) as caught:
+        client.chat.completions.create(model=MODEL, messages=[USER], extra_body={"messages": [USER | fields]})
+    assert caught.value.body == {
+        "message": f"'messages[0]': {said}",
+        "type": "invalid_request_error",
+        "param": "messages",
+        "code": caught.value.code,
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"tools": [{"type": "function", "function": {"name": "f"}, "strict": True}]},
+            "'tools[0]': unknown field \"strict\"",
+        ),
+        ({"tools": [{"name": "f", "parameters": {}}]}, "'tools[0]': unknown field \"name\""),
+        ({"tools": [{"type": "function"}]}, "'tools[0]': 'function' is required"),
+        ({"tool_choice": {"type": "function", "name": "f"}}, "'tool_choice': unknown field \"name\""),
+        ({"response_format": {"type": "json"}}, "'response_format.type' must be one of text, json_object, json_schema"),
+        ({"response_format": {"type": "text", "strict": True}}, "'response_format': unknown field \"strict\""),
+    ],
+)
+def test_what_is_wrong_in_an_object_is_named(client: openai.OpenAI, fields: dict[str, Any], said: str) -> None:
+    with pytest.raises(openai.BadRequestError, match=re.escape(said)):
+        client.chat.completions.create(model=MODEL, messages=[USER], extra_body=fields)
+
+
+def test_what_clients_send_back_or_hint_at_is_taken(client: openai.OpenAI) -> None:
+    """LiteLLM's own fields of an answer, what another model thought, a refusal, and where a cache might begin."""
+    hint = {"cache_control": {"type": "ephemeral"}}
+    messages: list[Any] = [
+        {"role": "system", "content": [{"type": "text", "text": "Be brief."} | hint]},
+        USER | hint,
+        {
+            "role": "assistant",
+            "content": "No.",
+            "provider_specific_fields": {"refusal": None},
+            "reasoning_content": "Hm.",
+        },
+        USER,
+        {"role": "assistant", "content": None, "refusal": "I will not."},
+        USER | {"content": [{"type": "text", "text": "Why?", "prompt_cache_breakpoint": {"mode": "explicit"}}]},
+    ]
+    plain: list[Any] = [
+        {"role": "system", "content": "Be brief."},
+        USER,
+        {"role": "assistant", "content": "No."},
+        USER,
+        {"role": "assistant", "content": "I will not."},
+        USER | {"content": "Why?"},
+    ]
+    request: dict[str, Any] = {"model": MODEL, "max_tokens": 3, "temperature": 0}
+    hinted = client.chat.completions.create(
+        **request, messages=messages, extra_body={"prompt_cache_options": {"mode": "explicit"}}
+    )
+    simple = client.chat.completions.create(**request, messages=plain)
+    assert hinted.usage
+    assert simple.usage
+    assert hinted.usage.prompt_tokens == simple.usage.prompt_tokens
+    assert hinted.choices[0].message.content == simple.choices[0].message.content
+
+
+def test_words_that_clients_know_an_error_by(client: openai.OpenAI) -> None:
+    """LiteLLM takes another model where it finds these."""
+    with pytest.raises(openai.BadRequestError, match="exceeds the available context size of 256 tokens"):
+        client.chat.completions.create(model=MODEL, messages=[USER | {"content": "king " * 500}])
 
 
 def test_what_stock_clients_send_is_taken(client: openai.OpenAI) -> None:
@@ -620,7 +703,7 @@ def test_tools_are_called(roomy: openai.OpenAI) -> None:
     assert [delta.function.name for delta in deltas if delta.function and delta.id] == ["sit"]
     assert "".join(delta.function.arguments or "" for delta in deltas if delta.function) == call.function.arguments
     assert chunks[-1].choices[0].finish_reason == "tool_calls"
-    assert {chunk.choices[0].delta.content for chunk in chunks} == {"", None}
+    assert {chunk.choices[0].delta.content for chunk in chunks} == {None}  # there will be no text
     strict: Any = [tool | {"function": tool["function"] | {"strict": True}} for tool in TOOLS]
     (called,) = roomy.chat.completions.parse(**request | {"tools": strict}, tool_choice=forced).choices
     (call,) = called.message.tool_calls or []

@@ -287,7 +287,7 @@ def test_a_context_that_is_full(tmp_path: Path, context: BrowserContext, engine_
         page = open_page(context, server, [])
         ask(page, "the fox ran " * 100)
         expect(page.locator(".error")).to_have_text(
-            re.compile(r"^The prompt has 3\d\d tokens, the context holds 256 .*Begin a new chat, or ask for less\.$")
+            re.compile(r"^The prompt has 3\d\d tokens and exceeds .* 256 tokens.*Begin a new chat, or ask for less\.$")
         )
         page.get_by_role("button", name="Edit").click()
         ask(page, QUESTION, temperature=0)

@@ -18,7 +18,7 @@ namespace bitnet {
 namespace {
 
 constexpr char kMagic[8] = {'B', 'I', 'T', 'N', 'E', 'T', 'K', 'V'};
-constexpr uint32_t kVersion = 2;  // to be raised with every change of the cache's layout
+constexpr uint32_t kVersion = 3;  // to be raised with every change of the cache's layout or the model's fingerprint
 constexpr size_t kChunkBytes = size_t{1} << 20;
 constexpr size_t kSampleBytes = size_t{1} << 20;  // of the embedding, in the model's fingerprint
 
@@ -40,11 +40,13 @@ uint32_t checksum(const Header& header, std::span<const TokenId> tokens) {
   return crc(crc(0, &header, offsetof(Header, checksum)), tokens.data(), tokens.size_bytes());
 }
 
-// Of what no two models have in common: shapes, norms, scales, rotations and the first embeddings.
+// Of what no two models have in common: shapes, norms, scales, rotations, some ternary weights and the first
+// embeddings.
 uint64_t fingerprint(const Model& model) {
   const Config& c = model.config();
   const uint64_t shape[] = {c.n_vocab, c.dim, c.n_layers, c.ffn_dim, c.n_heads, c.n_kv_heads, c.head_dim};
-  uint32_t sum = crc(0, shape, sizeof shape);
+  const uint32_t weights = model.weights_checksum();
+  uint32_t sum = crc(crc(0, shape, sizeof shape), &weights, sizeof weights);
   sum = crc(sum, &c.norm_epsilon, sizeof c.norm_epsilon);
   sum = crc(sum, model.rope_frequencies().data(), model.rope_frequencies().size() * sizeof(float));
   for (const Layer& layer : model.layers()) {

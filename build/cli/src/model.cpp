@@ -2,6 +2,7 @@
 
 #include <sys/mman.h>
 #include <unistd.h>
+#include <zlib.h>
 
 #include <algorithm>
 #include <array>
@@ -10,10 +11,13 @@
 #include <cmath>
 #include <cstdio>
 #include <cstring>
+#include <string_view>
+#include <unordered_set>
 
 #include "elementary.h"
 #include "error.h"
 #include "rounding.h"
+#include "utf8.h"
 
 namespace bitnet {
 namespace {
@@ -204,7 +208,9 @@ Config read_config(const GgufFile& file) {
                 file.path() + ": " + prefix + "rope.scaling.type \"" + scaling + "\" is not supported");
   c.norm_epsilon = static_cast<float>(file.get_float(prefix + "attention.layer_norm_rms_epsilon"));
   c.rope_base = file.find_float(prefix + "rope.freq_base").value_or(10000.0);
-  c.rope_scale = scaling == "none" ? 1.0 : file.find_float(prefix + "rope.scaling.factor").value_or(1.0);
+  const auto factor = file.find_float(prefix + "rope.scaling.factor");
+  const auto older = file.find_float(prefix + "rope.scale_linear");  // its name before
+  c.rope_scale = scaling == "none" ? 1.0 : factor.value_or(older.value_or(1.0));
   if (!(c.norm_epsilon >= 0.0f && c.norm_epsilon < 1.0f))
     invalid(file, prefix + "attention.layer_norm_rms_epsilon is " + shown(c.norm_epsilon) + ", expected 0 to below 1");
   if (!(c.rope_base >= 1.0 && c.rope_base <= 1e12))
@@ -217,6 +223,40 @@ Config read_config(const GgufFile& file) {
       file.find_uint(prefix + "vocab_size").value_or(embedding->shape.size() == 2 ? embedding->shape[1] : 0);
   c.n_vocab = in_range("vocab_size", vocabulary, kMaxVocabulary);
   return c;
+}
+
+// Nobody shall get a text that is not the model's because a part of it is one that this program does not know.
+void refuse_unknown_tensors(const GgufFile& file, size_t n_layers) {
+  constexpr std::array<std::string_view, 4> kNames = {"token_embd.weight", "output.weight", "output_norm.weight",
+                                                      "rope_freqs.weight"};
+  constexpr std::array<std::string_view, 11> kOfLayers = {
+      "attn_norm.weight",     "attn_q.weight",       "attn_k.weight",   "attn_v.weight",
+      "attn_sub_norm.weight", "attn_output.weight",  "ffn_norm.weight", "ffn_gate.weight",
+      "ffn_up.weight",        "ffn_sub_norm.weight", "ffn_down.weight"};
+  std::unordered_set<std::string> known;
+  for (const std::string_view name : kNames) known.emplace(name);
+  for (size_t i = 0; i < n_layers; i++)
+    for (const std::string_view name : kOfLayers) known.insert("blk." + std::to_string(i) + "." + std::string(name));
+  for (const Tensor& tensor : file.tensors())
+    if (!known.contains(std::string(tensor.name)))
+      throw Error(ExitCode::kUnsupportedModel, file.path() + ": there is a tensor " + quoted(tensor.name) +
+                                                   ", which models of the architecture do not have");
+}
+
+// Of pieces of every ternary matrix, as they lie in the file.
+uint32_t checksum_of(const GgufFile& file, const std::vector<Layer>& layers) {
+  constexpr size_t kPieces = 4, kPieceBytes = 256;
+  std::array<uint8_t, kPieceBytes> piece;
+  uLong sum = 0;
+  for (const Layer& layer : layers)
+    for (const TernaryMatrix* m :
+         {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
+      for (size_t i = 0; i < kPieces; i++) {
+        const size_t n = std::min(kPieceBytes, m->bytes());
+        file.read(m->data + (m->bytes() - n) * i / (kPieces - 1), std::span(piece).first(n));
+        sum = crc32_z(sum, piece.data(), n);
+      }
+  return static_cast<uint32_t>(sum);
 }
 
 }  // namespace
@@ -243,6 +283,8 @@ Model::Model(const GgufFile& file) : config_(read_config(file)), file_(file) {
         .down = ternary(file, block + "ffn_down.weight", c.dim, c.ffn_dim, true),
     });
   }
+  refuse_unknown_tensors(file, c.n_layers);
+  weights_checksum_ = checksum_of(file, layers_);
   // 1 / base^(2i / head_dim), each step rounded to float as in the training code; divided by rope_freqs where the file
   // has them, and by the factor of linear scaling.
   const size_t half = c.head_dim / 2;
@@ -363,7 +405,7 @@ size_t Model::settled_bytes(const Kernels& kernels) const {
 
 size_t Model::bytes_per_token(const Kernels& kernels) const {
   const size_t norms = config_.dim + config_.n_layers * (2 * config_.dim + config_.q_dim() + config_.ffn_dim);
-  const size_t of_sketch_rows = 3 * output_.rows;  // steps, errors, norms
+  const size_t of_sketch_rows = 4 * output_.rows;  // steps, errors, peaks, norms
   size_t bytes = OutputSketch::plane_bytes(output_.rows, output_.cols) + (norms + of_sketch_rows) * sizeof(float);
   for_each_matrix([&](const TernaryMatrix& m) { bytes += settled(m, settled_type(m, kernels), nullptr).bytes(); });
   return bytes;

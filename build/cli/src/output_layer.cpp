@@ -21,6 +21,11 @@ constexpr size_t kRefinedFirst = 4, kLeastRefined = 12;
 // 3.5 million. It is the more like a normal one the more columns share in it; where few do, it is looked for farther
 // away. docs/performance.md says what it was tried on.
 constexpr double kDeviations = 5.0, kFewColumns = 20.0;
+// A row whose error lies in few columns may meet a vector with large values in the very same ones, as trained models
+// have them: that is no chance. Columns whose values are so many times the root mean square of the others are taken to
+// have the row's largest error each, and have no part in what is left to chance.
+constexpr double kOutlying = 5.0;
+constexpr size_t kMostOutlying = 64;  // columns: more of them are no exception
 // Errors are not of chance where rows and vector have something in common that codes miss. The best rows show it: where
 // one lies more than that part of its bound above its estimate, all bounds are widened by so many times the excess.
 constexpr float kSuspicious = 0.65f, kWidening = 4.0f;
@@ -58,6 +63,7 @@ OutputLayer::OutputLayer(const Model& model, const Kernels& kernels, ThreadPool&
       n_vocab_(model.config().n_vocab),
       outputs_(max_outputs * dim_),
       scaled_(dim_),
+      squares_(dim_),
       values_(kEstimatedTogether * dim_),
       scratch_(pool.size()) {
   for (Scratch& s : scratch_) {
@@ -88,15 +94,29 @@ void OutputLayer::prepare(size_t which, size_t place) {
   for (size_t i = 0; i < dim_; i++) {
     scaled_[i] = sketch.scales[i] * x[i];
     offset += static_cast<double>(sketch.means[i]) * static_cast<double>(x[i]);
-    const double square = static_cast<double>(scaled_[i]) * static_cast<double>(scaled_[i]);
-    squares += square;
-    fourths += square * square;
+    squares_[i] = static_cast<double>(scaled_[i]) * static_cast<double>(scaled_[i]);
+    squares += squares_[i];
+    fourths += squares_[i] * squares_[i];
   }
-  const double n_columns = fourths > 0.0 ? squares * squares / fourths : 1.0;  // that share in it
+  const auto end = squares_.begin() + static_cast<std::ptrdiff_t>(std::min(kMostOutlying, dim_));
+  std::partial_sort(squares_.begin(), end, squares_.end(), std::greater<>());
+  double met = 0.0;  // Σ |values| that meet a row's largest error: one at least
+  for (auto square = squares_.begin(); square != end; square++) {
+    const double others = squares - *square;
+    if (*square * static_cast<double>(dim_) <= kOutlying * kOutlying * others) break;
+    met += std::sqrt(*square);
+    squares = others;
+    fourths -= *square * *square;
+  }
+  met = std::max(met, std::sqrt(squares_.front()));
+  const double n_columns = squares > 0.0 && fourths > 0.0 ? squares * squares / fourths : 1.0;  // that share in it
   const double deviations = kDeviations * (1.0 + kFewColumns / n_columns);
   const float s = kernels_.quantize(scaled_.data(), dim_, &values_[place * dim_], &sums_[place]);
-  queries_[place] = {static_cast<float>(offset), 1.0f / s, static_cast<float>(sums_[place]) / 2.0f,
-                     static_cast<float>(deviations * std::sqrt(squares)),
+  queries_[place] = {static_cast<float>(offset),
+                     1.0f / s,
+                     static_cast<float>(sums_[place]) / 2.0f,
+                     static_cast<float>(deviations * std::sqrt(std::max(squares, 0.0))),
+                     static_cast<float>(met),
                      static_cast<float>(deviations / (std::sqrt(12.0) * static_cast<double>(s)))};
 }
 
@@ -154,11 +174,12 @@ std::vector<Candidate> OutputLayer::best_estimates(size_t place, size_t n, std::
   return best.take();
 }
 
-// How far at most a row may lie above what the planes up to p make of it, by chance.
+// How far at most a row may lie above what the planes up to p make of it.
 float OutputLayer::slack(size_t place, size_t p, size_t row) const {
   const OutputSketch& sketch = model_.output_sketch();
   const Query& q = queries_[place];
-  return q.per_error * sketch.planes[p].errors[row] + q.per_norm * sketch.norms[row];
+  return q.per_error * sketch.planes[p].errors[row] + q.per_peak * sketch.planes[p].peaks[row] +
+         q.per_norm * sketch.norms[row];
 }
 
 // What the bounds are to be multiplied with, by what is known of some rows.

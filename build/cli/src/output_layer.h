@@ -41,7 +41,8 @@ class OutputLayer {
     float unit;       // of a sum of codes times values, for a step of 1
     float centre;     // half the sum of the values: sums are of codes − 1, codes stand for themselves − 1.5
     float per_error;  // how far, for a row's error of 1, …
-    float per_norm;   // … and for its norm, since the values are quantised
+    float per_peak;   // … for the largest of what the error is made of, …
+    float per_norm;   // … and for the row's norm, since the values are quantised
   };
 
   static constexpr size_t kRowsPerPiece = 128;  // whose estimates are made one after another: 82 kB at 2,560 columns
@@ -95,6 +96,7 @@ class OutputLayer {
   size_t rows_estimated_ = 0;                     // … of so many rows
   std::array<Query, kEstimatedTogether> queries_;
   std::vector<float> scaled_;                     // (dim)
+  std::vector<double> squares_;                   // (dim): of it, the largest first
   std::vector<int8_t> values_;                    // (kEstimatedTogether, dim): outputs, scaled and quantised
   std::array<int32_t, kEstimatedTogether> sums_;  // of them
   std::vector<float> estimates_;                  // (kEstimatedTogether, n_vocab)

@@ -10,6 +10,7 @@ OutputSketch::OutputSketch(const FloatRows& w, uint8_t* memory) : norms(w.rows) 
     planes[p] = {{TernaryType::kCodes, memory + p * plane_bytes(w.rows, w.cols), w.rows, w.cols},
                  std::vector<float>(w.rows),
                  std::vector<float>(w.rows),
+                 std::vector<float>(w.rows),
                  std::vector<float>(w.rows)};
   constexpr size_t kSample = 1024;  // rows: the mean of a column is known to a thirtieth of its deviation
   constexpr double kLeast = 0.01;   // of the mean deviation: a column that is all but constant may not be so elsewhere
@@ -47,6 +48,7 @@ void OutputSketch::add(const FloatRows& w, size_t row, const Kernels& kernels, f
     planes[p].steps[row] = sketch.steps[p];
     planes[p].gains[row] = sketch.gains[p];
     planes[p].errors[row] = sketch.errors[p];
+    planes[p].peaks[row] = sketch.peaks[p];
   }
   norms[row] = sketch.norm;
 }

@@ -19,7 +19,8 @@ struct OutputSketch {
   struct Plane {
     TernaryRows codes;                // 0 … 3
     std::vector<float> steps, gains;  // (rows)
-    std::vector<float> errors;        // (rows): root mean square of what this plane and those before it leave
+    std::vector<float> errors;        // (rows): root mean square of what this plane and those before it leave, …
+    std::vector<float> peaks;         // … and the largest of it
   };
 
   // `memory` must have bytes(w) and outlive the sketch. Looks at some rows of w; fills in nothing yet.

@@ -59,8 +59,9 @@ std::string_view name_of(StopType type) {
 }
 
 ContextExceeded::ContextExceeded(size_t prompt, size_t ctx)
-    : Error(ExitCode::kContextExceeded, "the prompt has " + std::to_string(prompt) + " tokens, the context holds " +
-                                            std::to_string(ctx) + " with the generated ones"),
+    : Error(ExitCode::kContextExceeded, "the prompt has " + std::to_string(prompt) +
+                                            " tokens and exceeds the available context size of " +  // llama.cpp's words
+                                            std::to_string(ctx) + " tokens, which the generated ones are part of"),
       n_prompt(prompt),
       n_ctx(ctx) {}
 

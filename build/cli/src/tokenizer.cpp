@@ -26,6 +26,8 @@ constexpr std::string_view kMergesKey = "tokenizer.ggml.merges";
 constexpr std::string_view kBosKey = "tokenizer.ggml.bos_token_id";
 constexpr std::string_view kEosKey = "tokenizer.ggml.eos_token_id";
 constexpr std::string_view kEotKey = "tokenizer.ggml.eot_token_id";
+constexpr std::string_view kEomKey = "tokenizer.ggml.eom_token_id";
+constexpr std::string_view kPreKey = "tokenizer.ggml.pre";
 constexpr std::string_view kAddBosKey = "tokenizer.ggml.add_bos_token";
 
 constexpr size_t kMaxTextBytes = std::numeric_limits<int32_t>::max();
@@ -464,6 +466,13 @@ std::optional<TokenId> read_id(const GgufFile& file, std::string_view key, size_
   return id ? std::optional(static_cast<TokenId>(*id)) : std::nullopt;
 }
 
+// A file that names no split, as the published one, means Llama 3's.
+void refuse_other_splits(const GgufFile& file) {
+  const auto split = file.find_string(kPreKey);
+  if (split && *split != "llama-bpe" && *split != "llama3" && *split != "llama-v3")
+    file.fail(kPreKey, quoted(*split) + ", expected \"llama-bpe\", or no such key", ExitCode::kUnsupportedModel);
+}
+
 }  // namespace
 
 struct Tokenizer::Impl {
@@ -495,6 +504,7 @@ Tokenizer::Impl::Impl(const GgufFile& file)
       merges(read_merges(file, vocabulary, types)),
       always_matched(read_added_tokens(file, spellings, types, {kUserDefined})),
       specially_matched(read_added_tokens(file, spellings, types, {kUserDefined, kControl})) {
+  refuse_other_splits(file);
   for (size_t byte = 0; byte < byte_tokens.size(); ++byte) {
     const auto id = vocabulary.find(alphabet.spelling(static_cast<uint8_t>(byte)));
     if (!id) file.fail(kTokensKey, "no token for byte " + std::to_string(byte));
@@ -504,7 +514,8 @@ Tokenizer::Impl::Impl(const GgufFile& file)
   bos = read_id(file, kBosKey, spellings.size());
   add_bos = bos && file.find_bool(kAddBosKey).value_or(true);
   for (const auto& id : {read_id(file, kEosKey, spellings.size()), read_id(file, kEotKey, spellings.size()),
-                         specially_matched.find("<|eot_id|>"), specially_matched.find("<|end_of_text|>")}) {
+                         read_id(file, kEomKey, spellings.size()), specially_matched.find("<|eot_id|>"),
+                         specially_matched.find("<|end_of_text|>")}) {
     if (id) end_of_generation.push_back(*id);
   }
   std::sort(end_of_generation.begin(), end_of_generation.end());

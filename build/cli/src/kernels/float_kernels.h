@@ -93,8 +93,9 @@ inline Int8Scale int8_scale(const float* x, size_t n) {
   return amplitude > 0.0f ? Int8Scale{127.0f / amplitude, amplitude / 127.0f} : Int8Scale{0.0f, 0.0f};
 }
 
-// What the f16 cache takes: infinity, times a weight of 0, would become part of every sum.
-inline F32x16 within_half(F32x16 a) { return min(max(a, set1(-kLargestHalf)), set1(kLargestHalf)); }
+// What the cache takes: infinity, times a weight of 0, would become part of every sum.
+inline F32x16 within(F32x16 a, float largest) { return min(max(a, set1(-largest)), set1(largest)); }
+constexpr float kLargestFloat = __FLT_MAX__;
 
 void store_key(const float* key, std::byte* keys, CacheType type, size_t position, size_t head_dim) {
   const size_t block = position / kPositionsPerBlock * head_dim * kPositionsPerBlock,
@@ -106,10 +107,12 @@ void store_key(const float* key, std::byte* keys, CacheType type, size_t positio
   if (type == CacheType::kI8) scales_of(keys, head_dim)[position] = scale.back;
   for (size_t d = 0; d < head_dim; d += kLanes) {
     if (type == CacheType::kF32) {
-      scatter(reinterpret_cast<float*>(keys), d, key + d);
+      float numbers[kLanes];
+      store(numbers, within(load(key + d), kLargestFloat));
+      scatter(reinterpret_cast<float*>(keys), d, numbers);
     } else if (type == CacheType::kF16) {
       uint16_t halves[kLanes];
-      store_half(halves, within_half(load(key + d)));
+      store_half(halves, within(load(key + d), kLargestHalf));
       scatter(reinterpret_cast<uint16_t*>(keys), d, halves);
     } else {
       int8_t numbers[kLanes];
@@ -126,9 +129,9 @@ void store_value(const float* value, std::byte* values, CacheType type, size_t p
   for (size_t d = 0; d < head_dim; d += kLanes) {
     const size_t at = position * head_dim + d;
     if (type == CacheType::kF32) {
-      store(reinterpret_cast<float*>(values) + at, load(value + d));
+      store(reinterpret_cast<float*>(values) + at, within(load(value + d), kLargestFloat));
     } else if (type == CacheType::kF16) {
-      store_half(reinterpret_cast<uint16_t*>(values) + at, within_half(load(value + d)));
+      store_half(reinterpret_cast<uint16_t*>(values) + at, within(load(value + d), kLargestHalf));
     } else {
       int8_t numbers[kLanes];
       store_int8(numbers, mul(load(value + d), set1(scale.forth)));
@@ -601,6 +604,11 @@ inline RowSketch sketch(const FloatRows& w, const float* means, const float* inv
     out.steps[p] = static_cast<float>(stretch) * step;
     out.gains[p] = static_cast<float>(stretch / before);
     out.errors[p] = static_cast<float>(__builtin_sqrt((error > 0.0 ? error : 0.0) / n));
+    const F32x16 of_rest = set1(static_cast<float>(stretch)), of_whole = set1(static_cast<float>(-more));
+    F32x16 peak = zero();
+    for (size_t i = 0; i < w.cols; i += kLanes)
+      peak = max(abs(fma(load(work + i), of_rest, mul(load(row + i), of_whole))), peak);
+    out.peaks[p] = maximum(peak);
     longest = of_row + error > longest ? of_row + error : longest;
   }
   out.norm = static_cast<float>(__builtin_sqrt(longest));

@@ -119,6 +119,7 @@ struct RowSketch {
   float steps[kSketchPlanes];
   float gains[kSketchPlanes];
   float errors[kSketchPlanes];  // root mean square of what is left then, which is orthogonal to the row
+  float peaks[kSketchPlanes];   // the largest of it
   float norm;                   // of the longest of what planes make of the row
 };
 
