@@ -30,6 +30,8 @@ FORMATS = {
     "uri",
     "uuid",
 }  # those it knows
+# RFC 3339 has a second 60 at the end of days only; llguidance at any time.
+WITHOUT_LEAP = {"pattern": ":[0-5][0-9][.Zz+-]"}
 NAMED = {"$defs", "definitions", "patternProperties", "properties"}  # whose keys are names and no keywords
 ANY_NAME: tuple[object, ...] = ({}, {"type": "string"}, True)
 DIGITS = 15  # that a double keeps of any decimal number
@@ -78,6 +80,10 @@ def _schema(schema: dict[str, Any]) -> dict[str, Any]:
             key == "propertyNames" and value in ANY_NAME
         ):
             result[key] = _part(key, value)
+    if result.get("format") in ("date-time", "time") and WITHOUT_LEAP not in (result, *result.get("allOf", ())):
+        if result.get("pattern", WITHOUT_LEAP["pattern"]) == WITHOUT_LEAP["pattern"]:
+            return result | WITHOUT_LEAP
+        result["allOf"] = [*result.get("allOf", ()), WITHOUT_LEAP]
     return result
 
 

@@ -474,11 +474,15 @@ DRY_BREAKERS = ("\n", ":", '"', "*")
 
 @dataclass(frozen=True)
 class Structure:
-    """What every answer must look like. `field` of the request says so, and is named if it cannot be done."""
+    """What every answer must look like. `field` of the request says so, and is named if it cannot be done.
+
+    `parts` are names and JSON Schemas that `text` is made of: the first that is to blame is named, too.
+    """
 
     language: Literal["json_schema", "gbnf", "lark"]
     text: str
     field: str
+    parts: tuple[tuple[str, str], ...] = ()
 
 
 @dataclass(frozen=True)

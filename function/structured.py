@@ -142,6 +142,10 @@ def _matcher(tokenizer: LLTokenizer, structure: Structure) -> LLMatcher:
     if not begun.is_stopped():
         begun.compute_bitmask()
     if begun.is_error():
+        for name, text in structure.parts:
+            part = LLMatcher(tokenizer, _grammar(Structure("json_schema", text, structure.field)), log_level=0)
+            if part.is_error():
+                raise refusal(structure.field, f"{name}: {part.get_error()}")
         raise refusal(structure.field, begun.get_error())
     return matcher
 

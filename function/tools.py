@@ -238,7 +238,7 @@ def structure(tools: Sequence[Tool], *, required: bool, several: bool) -> Struct
         schema["x-guidance"] = JSON_OPTIONS
         head, tail = json.dumps(f"{HEAD}{tool.name}{MIDDLE}"), json.dumps(TAIL)
         lines += [f"call_{index}: {head} arguments_{index} {tail}", f"arguments_{index}: %json {json.dumps(schema)}"]
-    return Structure("lark", "\n".join(lines), "tools")
+    return Structure("lark", "\n".join(lines), "tools", tuple((tool.name, tool.parameters) for tool in tools))
 
 
 def instructions(tools: Sequence[Tool], *, required: bool, several: bool) -> str:

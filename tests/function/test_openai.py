@@ -255,6 +255,17 @@ def test_what_is_wrong_in_an_object_is_named(client: openai.OpenAI, fields: dict
         client.chat.completions.create(model=MODEL, messages=[USER], extra_body=fields)
 
 
+def test_the_tool_whose_parameters_cannot_be_kept_to_is_named(roomy: openai.OpenAI) -> None:
+    long: dict[str, Any] = {"properties": {"q": {"type": "string", "description": "long " * 30}}}
+    unique: dict[str, Any] = {"properties": {"tags": {"type": "array", "uniqueItems": True}}}
+    tools: list[Any] = [
+        {"type": "function", "function": {"name": name, "parameters": {"type": "object"} | parameters}}
+        for name, parameters in (("first", long), ("second", unique), ("third", long))
+    ]
+    with pytest.raises(openai.BadRequestError, match=r"'tools' cannot be honoured: second: .*uniqueItems"):
+        roomy.chat.completions.create(model=MODEL, messages=[USER], tools=tools, max_tokens=3)
+
+
 def test_what_clients_send_back_or_hint_at_is_taken(client: openai.OpenAI) -> None:
     """LiteLLM's own fields of an answer, what another model thought, a refusal, and where a cache might begin."""
     hint = {"cache_control": {"type": "ephemeral"}}

@@ -96,7 +96,7 @@ def test_every_field_is_taken() -> None:
     assert dataclasses.asdict(request) == {
         "prompts": ((1, 2),),
         "n": body.pop("n_cmpl"),
-        "structure": {"language": "json_schema", "text": '{"type":"string"}', "field": "json_schema"},
+        "structure": {"language": "json_schema", "text": '{"type":"string"}', "field": "json_schema", "parts": ()},
         "logprobs": False,
         "prompt_logprobs": False,
         **{name: value for name, value in body.items() if name not in ("prompt", "json_schema")},

@@ -423,6 +423,16 @@ def test_forced_tokens_are_asked_for_when_their_probability_is_wanted(api: Api) 
     assert all(token["logprob"] <= 0 and len(token["top_logprobs"]) == 2 for token in body["completion_probabilities"])
 
 
+@pytest.mark.parametrize("schema", [{"format": "date-time"}, {"format": "time", "pattern": "^1"}])
+def test_second_60_is_no_time_of_day(api: Api, schema: dict[str, Any]) -> None:
+    validator = jsonschema.Draft202012Validator({"type": "string", "pattern": "^[^:]*:[0-5][0-9]:[0-5][0-9]"})
+    for seed in range(40):
+        request = {"prompt": "A king", "json_schema": {"type": "string"} | schema, "temperature": 2, "top_k": 0}
+        body = complete(api, request | {"seed": seed, "n_predict": 60})
+        if body["stop_type"] == "eos":
+            validator.validate(json.loads(body["content"]))
+
+
 def test_a_worker_that_dies_begins_again_with_the_grammar(api: Api) -> None:
     request = {"prompt": "A king", "json_schema": KING, "n_predict": 100}
     complete(api, request)
