@@ -80,10 +80,8 @@ def _schema(schema: dict[str, Any]) -> dict[str, Any]:
             key == "propertyNames" and value in ANY_NAME
         ):
             result[key] = _part(key, value)
-    if result.get("format") in ("date-time", "time") and WITHOUT_LEAP not in (result, *result.get("allOf", ())):
-        if result.get("pattern", WITHOUT_LEAP["pattern"]) == WITHOUT_LEAP["pattern"]:
-            return result | WITHOUT_LEAP
-        result["allOf"] = [*result.get("allOf", ()), WITHOUT_LEAP]
+    if result.get("format") in ("date-time", "time") and WITHOUT_LEAP not in (others := result.get("allOf", [])):
+        result["allOf"] = [*others, WITHOUT_LEAP]
     return result
 
 

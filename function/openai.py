@@ -107,17 +107,14 @@ class Content:
 
     def _text(self, where: str, part: object, name: str) -> str:
         """That of a part."""
-        if not isinstance(part, dict):
-            raise invalid(f"'{where}' must be an object, got {describe(part)}", param=name, code="invalid_type")
-        kind = part.get("type")
+        fields = schema.Fields()(where, part, param=name)
+        kind = fields.get("type")
         if kind not in PART_KINDS:
             raise invalid(
                 f"'{where}.type' must be \"text\", got {describe(kind)}", param=name, code="unsupported_field"
             )
-        try:
-            given = schema.check(part, {kind: Text(self.max_bytes)}, [kind], inert={"type", *tools.HINTS})
-        except schema.ApiError as error:
-            raise invalid(f"'{where}': {error.message}", param=name, code=error.code) from None
+        with schema.within(where, name):
+            given = schema.check(fields, {kind: Text(self.max_bytes)}, [kind], inert={"type", *tools.HINTS})
         text: str = given[kind]
         return text
 
@@ -165,13 +162,10 @@ class Messages:
 
     def _message(self, where: str, value: object, called: dict[str, str]) -> Message:
         """One message. `called` is the function of each call so far, by the call's id."""
-        if not isinstance(value, dict):
-            raise invalid(f"'{where}' must be an object, got {describe(value)}", param="messages", code="invalid_type")
-        try:
-            given = schema.check(value, self._kinds(), ["role"], MESSAGE_NEUTRAL, MESSAGE_INERT)
-            return _rendered(given, called, is_null="content" in value)
-        except schema.ApiError as error:
-            raise invalid(f"'{where}': {error.message}", param="messages", code=error.code) from None
+        fields = schema.Fields()(where, value, param="messages")
+        with schema.within(where, "messages"):
+            given = schema.check(fields, self._kinds(), ["role"], MESSAGE_NEUTRAL, MESSAGE_INERT)
+            return _rendered(given, called, is_null="content" in fields)
 
 
 def _rendered(given: Mapping[str, Any], called: dict[str, str], *, is_null: bool) -> Message:
@@ -212,19 +206,20 @@ class ResponseFormat:
 
     def __call__(self, name: str, value: object) -> Structure | None:
         """Checks `value`."""
-        if not isinstance(value, dict):
-            raise invalid(f"'{name}' must be an object, got {describe(value)}", param=name, code="invalid_type")
-        kind = value.get("type")
-        if not isinstance(kind, str) or kind not in self._variants():
-            accepted = ", ".join(self._variants())
+        fields, variants = schema.Fields()(name, value), self._variants()
+        kind = fields.get("type")
+        if not isinstance(kind, str) or kind not in variants:
+            accepted = ", ".join(variants)
             raise invalid(f"'{name}.type' must be one of {accepted}, got {describe(kind)}", param=name)
-        kinds, required = self._variants()[kind]
-        given = self._checked(name, value, kinds, required)
+        kinds, required = variants[kind]
+        with schema.within(name, name):
+            given = schema.check(fields, kinds, required, inert={"type"})
         if kind == "text":
             return None
         if kind == "json_object":  # llama.cpp's may have a schema
             return Structure("json_schema", given.get("schema", '{"type":"object"}'), name)
-        wrapped = self._checked(f"{name}.json_schema", given["json_schema"], self._wrapped(), ["name"])
+        with schema.within(f"{name}.json_schema", name):
+            wrapped = schema.check(given["json_schema"], self._wrapped(), ["name"])
         return Structure("json_schema", wrapped.get("schema", "{}"), name)
 
     def document(self) -> dict[str, Any]:
@@ -249,12 +244,6 @@ class ResponseFormat:
             "strict": Boolean(),
         }
 
-    def _checked(self, name: str, value: dict[str, Any], kinds: dict[str, Kind], required: list[str]) -> dict[str, Any]:
-        try:
-            return schema.check(value, kinds, required, inert={"type"} if "type" in value else ())
-        except schema.ApiError as error:
-            raise invalid(f"'{name}': {error.message}", param="response_format", code=error.code) from None
-
 
 def _variant(
     kind: str, kinds: Mapping[str, Kind], required: Sequence[str], inert: Collection[str] = ()
@@ -272,12 +261,9 @@ class StreamOptions:
 
     def __call__(self, name: str, value: object) -> bool:
         """Checks `value`."""
-        if not isinstance(value, dict):
-            raise invalid(f"'{name}' must be an object, got {describe(value)}", param=name, code="invalid_type")
-        try:
-            given = schema.check(value, self._kinds(), inert=["include_obfuscation"])
-        except schema.ApiError as error:
-            raise invalid(f"'{name}': {error.message}", param=name, code=error.code) from None
+        fields = schema.Fields()(name, value)
+        with schema.within(name, name):
+            given = schema.check(fields, self._kinds(), inert=["include_obfuscation"])
         return bool(given.get("include_usage"))
 
     def document(self) -> dict[str, Any]:

@@ -11,7 +11,8 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, Protocol
 
@@ -318,10 +319,8 @@ class Prompts:
 
     def _one(self, where: str, value: object, name: str) -> Prompt:
         if isinstance(value, dict):
-            try:
+            with within(where, name):
                 given = check(value, {"prompt_string": Text(self.max_bytes)}, ["prompt_string"], WRAPPED_NEUTRAL)
-            except ApiError as error:
-                raise invalid(f"'{where}': {error.message}", param=name, code=error.code) from None
             return str(given["prompt_string"])
         if isinstance(value, str):
             return Text(self.max_bytes)(where, value, param=name)
@@ -405,10 +404,11 @@ class LogitBias:
 class Fields:
     """A JSON object whose fields are checked by somebody else."""
 
-    def __call__(self, name: str, value: object) -> dict[str, Any]:
+    def __call__(self, name: str, value: object, *, param: str | None = None) -> dict[str, Any]:
         """Checks `value`."""
         if not isinstance(value, dict):
-            raise invalid(f"'{name}' must be an object, got {describe(value)}", param=name, code="invalid_type")
+            message = f"'{name}' must be an object, got {describe(value)}"
+            raise invalid(message, param=param or name, code="invalid_type")
         return value
 
     def document(self) -> dict[str, Any]:
@@ -424,8 +424,7 @@ class Object:
 
     def __call__(self, name: str, value: object) -> str:
         """Checks `value`."""
-        if not isinstance(value, dict):
-            raise invalid(f"'{name}' must be an object, got {describe(value)}", param=name, code="invalid_type")
+        Fields()(name, value)
         try:
             text = json.dumps(value, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
         except (ValueError, RecursionError):
@@ -681,6 +680,15 @@ def completion_request(given: Mapping[str, Any], settings: Settings) -> Completi
         message = f"'prompt' must have at most {MAX_COMPLETIONS} completions in all, got {count}"
         raise invalid(message, param="prompt", code="too_long")
     return request
+
+
+@contextmanager
+def within(where: str, param: str) -> Iterator[None]:
+    """What is wrong with the fields of `where`, a part of the request's field `param`, is told with both."""
+    try:
+        yield
+    except ApiError as error:
+        raise invalid(f"'{where}': {error.message}", param=param, code=error.code) from None
 
 
 def check(

@@ -16,7 +16,19 @@ from dataclasses import dataclass
 from typing import Any
 
 from function import json_schema
-from function.schema import ApiError, Boolean, Fields, Kind, Object, Structure, Text, check, describe, document, invalid
+from function.schema import (
+    Boolean,
+    Fields,
+    Kind,
+    Object,
+    Structure,
+    Text,
+    check,
+    describe,
+    document,
+    invalid,
+    within,
+)
 from function.structured import JSON_OPTIONS, refusal
 
 MAX_TOOLS = 128
@@ -345,20 +357,16 @@ def _function(
     inert: Collection[str] = (),
 ) -> dict[str, Any]:
     """The checked fields of the function in `{"type": "function", "function": {…}}`."""
-    if not isinstance(value, dict):
-        raise invalid(f"'{where}' must be an object, got {describe(value)}", param=name, code="invalid_type")
-    if (kind := value.get("type")) is not None and kind != "function":
+    fields = Fields()(where, value, param=name)
+    if (kind := fields.get("type")) is not None and kind != "function":
         message = f"'{where}.type' must be \"function\", got {describe(kind)}"
         raise invalid(message, param=name, code="unsupported_field")
-    place = where
-    try:
+    with within(where, name):
         given = check(
-            value, {"type": Text(MAX_NAME_CHARACTERS), "function": Fields()}, ["type", "function"], inert=HINTS
+            fields, {"type": Text(MAX_NAME_CHARACTERS), "function": Fields()}, ["type", "function"], inert=HINTS
         )
-        place = f"{where}.function"
+    with within(f"{where}.function", name):
         return check(given["function"], kinds, required, inert=inert)
-    except ApiError as error:
-        raise invalid(f"'{place}': {error.message}", param=name, code=error.code) from None
 
 
 def _function_document(

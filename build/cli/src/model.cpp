@@ -243,22 +243,6 @@ void refuse_unknown_tensors(const GgufFile& file, size_t n_layers) {
                                                    ", which models of the architecture do not have");
 }
 
-// Of pieces of every ternary matrix, as they lie in the file.
-uint32_t checksum_of(const GgufFile& file, const std::vector<Layer>& layers) {
-  constexpr size_t kPieces = 4, kPieceBytes = 256;
-  std::array<uint8_t, kPieceBytes> piece;
-  uLong sum = 0;
-  for (const Layer& layer : layers)
-    for (const TernaryMatrix* m :
-         {&layer.q, &layer.k, &layer.v, &layer.attn_output, &layer.gate, &layer.up, &layer.down})
-      for (size_t i = 0; i < kPieces; i++) {
-        const size_t n = std::min(kPieceBytes, m->bytes());
-        file.read(m->data + (m->bytes() - n) * i / (kPieces - 1), std::span(piece).first(n));
-        sum = crc32_z(sum, piece.data(), n);
-      }
-  return static_cast<uint32_t>(sum);
-}
-
 }  // namespace
 
 Model::Model(const GgufFile& file) : config_(read_config(file)), file_(file) {
@@ -284,7 +268,6 @@ Model::Model(const GgufFile& file) : config_(read_config(file)), file_(file) {
     });
   }
   refuse_unknown_tensors(file, c.n_layers);
-  weights_checksum_ = checksum_of(file, layers_);
   // 1 / base^(2i / head_dim), each step rounded to float as in the training code; divided by rope_freqs where the file
   // has them, and by the factor of linear scaling.
   const size_t half = c.head_dim / 2;
@@ -297,6 +280,21 @@ Model::Model(const GgufFile& file) : config_(read_config(file)), file_(file) {
     if (!(rope_frequencies_.back() >= 0.0f && rope_frequencies_.back() <= 1.0f))
       invalid(file, "tensor rope_freqs.weight gives a frequency out of 0 to 1");
   }
+}
+
+uint32_t Model::weights_checksum() const {
+  constexpr size_t kPieces = 4, kPieceBytes = 256;
+  std::array<uint8_t, kPieceBytes> piece;
+  uLong sum = 0;
+  for (const Tensor& tensor : file_.tensors()) {
+    if (tensor.type != TensorType::kI2_S && tensor.type != TensorType::kTrits) continue;
+    const size_t n = std::min(kPieceBytes, tensor.bytes.size());
+    for (size_t i = 0; i < kPieces; i++) {
+      file_.read(tensor.bytes.data() + (tensor.bytes.size() - n) * i / (kPieces - 1), std::span(piece).first(n));
+      sum = crc32_z(sum, piece.data(), n);
+    }
+  }
+  return static_cast<uint32_t>(sum);
 }
 
 size_t Model::n_params() const {

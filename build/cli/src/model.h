@@ -107,8 +107,8 @@ class Model {
   // Radians per position of each rotated pair, (head_dim / 2); float, as the training code computes them.
   const std::vector<float>& rope_frequencies() const { return rope_frequencies_; }
 
-  // Of the ternary weights, as the file has them: another one for another model, and for the same one packed.
-  uint32_t weights_checksum() const { return weights_checksum_; }
+  // Of pieces of every ternary tensor, read from the file: another one for another model, and for the same one packed.
+  uint32_t weights_checksum() const;
 
   size_t n_params() const;
   // Weights that a token may need (embedding row not counted), once they have settled: ternary weights, norms and the
@@ -131,7 +131,6 @@ class Model {
   FloatRows token_embedding_, output_;
   const float* output_norm_;
   std::vector<Layer> layers_;
-  uint32_t weights_checksum_ = 0;
   std::vector<float> rope_frequencies_;
   bool settling_ = false;
   uint8_t* settled_ = nullptr;               // settled_size_ bytes; nullptr: there is no memory for it
