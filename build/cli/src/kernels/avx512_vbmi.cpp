@@ -28,7 +28,7 @@ struct alignas(64) Tables {
   constexpr Tables() {
     for (unsigned v = 0; v < 256; v++) {
       codes[v] = static_cast<uint8_t>(v % 81 / 27 << 6 | v % 27 / 9 << 4 | v % 9 / 3 << 2 | v % 3);
-      fifths[v] = static_cast<uint8_t>(v / 81);
+      fifths[v] = static_cast<uint8_t>(v < 162 ? v / 81 : 2);
     }
   }
   uint8_t codes[256] = {}, fifths[256] = {};
@@ -77,7 +77,7 @@ inline __m512i zeros() {
   return a;
 }
 
-// Below 81, the difference that does not wrap around is the smallest.
+// Below 81, the difference that does not wrap around is the smallest. (Of a damaged byte, above 242, up to 93.)
 inline __m512i below81(__m512i v) {
   const __m512i once = _mm512_set1_epi8(81), twice = _mm512_set1_epi8(static_cast<char>(162));
   return _mm512_min_epu8(_mm512_min_epu8(v, _mm512_sub_epi8(v, once)), _mm512_sub_epi8(v, twice));

@@ -23,11 +23,11 @@ inline __m256i codes_of(__m256i w) {
   return _mm256_or_si256(_mm256_slli_epi16(_mm256_shuffle_epi8(pair, high), 4), _mm256_shuffle_epi8(pair, low));
 }
 
-// What a byte has of 81, from 0 to 2, or to 3 where it is damaged, and what is left of it.
+// What a byte has of 81, from 0 to 2.
 inline __m256i eighty_ones(__m256i v) {
-  const __m256i negative = _mm256_add_epi8(_mm256_add_epi8(at_least(v, 81), at_least(v, 162)), at_least(v, 243));
-  return _mm256_sub_epi8(_mm256_setzero_si256(), negative);
+  return _mm256_sub_epi8(_mm256_setzero_si256(), _mm256_add_epi8(at_least(v, 81), at_least(v, 162)));
 }
+// And what is left of it then, or once more where it is damaged: below 81.
 inline __m256i below81(__m256i v) {
   for (const uint8_t least : {243, 162, 81})  // less than the next ones, once 81 is taken from what is not
     v = _mm256_sub_epi8(v, _mm256_and_si256(at_least(v, least), _mm256_set1_epi8(81)));

@@ -185,7 +185,7 @@ struct Kernels {
 
   // Five trits in a byte → 2-bit codes of I2_S: each unit of 128 bytes gives 160. The bytes of a unit are four rows of
   // 32, and so are the first four of its five blocks of codes: byte p of row i is the block's byte p as a number of
-  // base 3, plus 81 times code i of the fifth block's byte p.
+  // base 3, plus 81 times code i of the fifth block's byte p. (Of a byte that is damaged, above 242, that code is 2.)
   void (*expand_trits)(const uint8_t* packed, size_t units, uint8_t* codes);
 
   // And back: codes of 0 to 2 → trits.

@@ -54,7 +54,7 @@ void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
       for (size_t i = 0; i < 4; i++) {
         const unsigned v = packed[i * 32 + p], w = v % 81;
         codes[i * 32 + p] = static_cast<uint8_t>(w / 27 << 6 | w / 9 % 3 << 4 | w / 3 % 3 << 2 | w % 3);
-        fifth = fifth << 2 | v / 81;
+        fifth = fifth << 2 | (v < 162 ? v / 81 : 2);
       }
       codes[128 + p] = static_cast<uint8_t>(fifth);
     }
