@@ -74,7 +74,7 @@ def run(file: Path, **options: object) -> Run:
 def instruction_sets() -> list[str]:
     """Those that this processor has, the best one first."""
     have = []
-    for isa in ("avx512-vbmi", "avx512", "avx2"):
+    for isa in ("amx", "avx512-vbmi", "avx512", "avx2"):
         options = ["--isa", isa, "--prompt-tokens", "1", "--predict-tokens", "1"]
         command = [str(CLI), "bench", "--model", str(ROOT / "build/model/demo/model.gguf"), *options]
         if subprocess.run(command, capture_output=True, check=False).returncode == 0:

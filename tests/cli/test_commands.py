@@ -29,7 +29,8 @@ def processor_isas() -> list[str]:
     flags = set(re.findall(r"\w+", Path("/proc/cpuinfo").read_text().split("flags")[1].splitlines()[0]))
     avx512 = {"avx512f", "avx512bw", "avx512vl", "avx512dq", "avx512_vnni"}
     vbmi = avx512 | {"avx512vbmi"}
-    return ["scalar", "avx2"] + (["avx512"] if avx512 <= flags else []) + (["avx512-vbmi"] if vbmi <= flags else [])
+    needed = {"avx512": avx512, "avx512-vbmi": vbmi, "amx": vbmi | {"amx_tile", "amx_int8"}}
+    return ["scalar", "avx2", *(isa for isa, these in needed.items() if these <= flags)]
 
 
 # generate

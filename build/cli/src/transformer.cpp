@@ -18,21 +18,24 @@ constexpr size_t kMostTiles = 16;                 // of tokens that look-up does
 constexpr size_t kLeastLutRows = 512;             // fewer would be slow, since tables are made for all of them
 constexpr size_t kPiecesPerThread = 4;            // of look-up, so that no thread waits long for another
 constexpr size_t kWidePiecesPerThread = 2;        // of wide tiles
-constexpr size_t kSampledTokens = 8;              // of which one says whether wide tiles pay, …
-constexpr size_t kCappedShare = 4;                // … which they do if at most one of so many steps is capped
-constexpr size_t kExpandedRows = 16;              // of trits, at a time: 28 kB of codes at 6,912 columns
-constexpr size_t kSparseTokens = 32;              // that share a read of columns
-constexpr size_t kTokensPerGroup = 8;             // that go through a sequence's cache together
-constexpr size_t kFewAttending = 16;              // tokens whose attention is divided among threads by chunks
+constexpr size_t kAmxSide = 32;                   // rows or tokens that AMX multiplies at a time
+constexpr size_t kLeastAmxRows = 64, kMostAmxRows = 256;  // of a piece
+constexpr size_t kSampledTokens = 8;                      // of which one says whether wide tiles pay, …
+constexpr size_t kCappedShare = 4;                        // … which they do if at most one of so many steps is capped
+constexpr size_t kExpandedRows = 16;                      // of trits, at a time: 28 kB of codes at 6,912 columns
+constexpr size_t kSparseTokens = 32;                      // that share a read of columns
+constexpr size_t kTokensPerGroup = 8;                     // that go through a sequence's cache together
+constexpr size_t kFewAttending = 16;                      // tokens whose attention is divided among threads by chunks
 
 // What is spent on settling after a pass, if it is more than the least: that part of what the pass took.
 constexpr int kSettlingShare = 8;
 
 size_t widest(const Config& c) { return std::max({c.dim, c.q_dim(), c.ffn_dim}); }
 
-// How many of n tokens go by look-up: whole tiles, and a rest that is large enough. None where the smallest matrices
-// would not give every thread a piece.
-size_t lookup_tokens(const Kernels& kernels, size_t n, size_t dim, size_t n_threads) {
+// How many of n tokens go by AMX: all or none. Or by look-up: whole tiles, and a rest that is large enough; none where
+// the smallest matrices would not give every thread a piece.
+size_t bulk_tokens(const Kernels& kernels, size_t n, size_t dim, size_t n_threads) {
+  if (kernels.amx_matmul) return n < kernels.amx_min_tokens ? 0 : n;
   if (kernels.lut_lanes == 0 || n < kernels.lut_min_tokens) return 0;
   if (ceil_div(n, kernels.lut_lanes) * ceil_div(dim, kLeastLutRows) < n_threads) return 0;
   const size_t rest = n % kernels.lut_lanes;
@@ -93,7 +96,9 @@ Transformer::Transformer(Model& model, const Kernels& kernels, ThreadPool& pool,
   for (AttentionScratch& s : attention_scratch_)
     s = {std::vector<float>(n_queries * config_.head_dim), std::vector<float>(n_queries * kChunkPositions),
          std::vector<float>(floats), std::vector<float>(floats)};
-  for (size_t i = 0; i < pool.size(); i++) lut_scratch_.emplace_back(kernels.lut_lanes, widest(config_));
+  for (size_t i = 0; i < pool.size() && kernels.lut_lanes > 0; i++)
+    lut_scratch_.emplace_back(kernels.lut_lanes, widest(config_));
+  if (kernels.amx_matmul) amx_scratch_.resize(pool.size());
 }
 
 size_t Transformer::buffer_bytes(const Config& c, size_t max_batch, size_t max_context, size_t n_threads) {
@@ -120,7 +125,7 @@ bool Transformer::forward(std::span<const BatchToken> batch, const std::function
   assert(!batch.empty() && batch.size() <= max_batch_);
   const auto start = std::chrono::steady_clock::now();
   n_ = batch.size();
-  n_lookup_ = lookup_tokens(kernels_, n_, config_.dim, pool_.size());
+  n_bulk_ = bulk_tokens(kernels_, n_, config_.dim, pool_.size());
   group_tokens(batch);
   embed(batch);
   for (size_t i = 0; i < config_.n_layers; i++) {
@@ -198,13 +203,13 @@ void Transformer::norm_and_quantize(const float* in, const float* weight, size_t
 // The tile of tokens from t on that go by look-up.
 Transformer::Tile Transformer::tile_at(size_t t) const {
   if (t < n_wide_) return {true, std::min(2 * kernels_.lut_lanes, n_wide_ - t)};
-  return {false, std::min(kernels_.lut_lanes, n_lookup_ - t)};
+  return {false, std::min(kernels_.lut_lanes, n_bulk_ - t)};
 }
 
 void Transformer::make_tiles(size_t cols) {
-  if (n_lookup_ == 0) return;
+  if (n_bulk_ == 0 || kernels_.lut_lanes == 0) return;
   const size_t lanes = kernels_.lut_lanes, n_wide_tiles = ceil_div(n_wide_, 2 * lanes);
-  pool_.for_each(n_wide_tiles + ceil_div(n_lookup_ - n_wide_, lanes), [&](size_t i, size_t) {
+  pool_.for_each(n_wide_tiles + ceil_div(n_bulk_ - n_wide_, lanes), [&](size_t i, size_t) {
     const size_t t = i < n_wide_tiles ? i * 2 * lanes : n_wide_ + (i - n_wide_tiles) * lanes;
     const Tile tile = tile_at(t);
     (tile.wide ? kernels_.transpose_wide_tile : kernels_.transpose_tile)(&quantised_[t * cols], cols, tile.n_tokens,
@@ -215,33 +220,34 @@ void Transformer::make_tiles(size_t cols) {
 // then(thread) is called by every thread that is done.
 template <class F>
 void Transformer::project(std::initializer_list<Projection> projections, F&& then) {
-  const size_t n_lookup = n_lookup_;
+  const size_t n_lookup = n_bulk_;
   for (const Projection& p : projections)
-    if (n_lookup_ > 0 && !is_ternary(*p.matrix, pool_)) n_lookup_ = 0;  // for these
+    if (n_bulk_ > 0 && !kernels_.amx_matmul && !is_ternary(*p.matrix, pool_)) n_bulk_ = 0;  // for these
   make_tiles(projections.begin()->matrix->cols);
   pieces_.clear();
-  add_lookup_pieces(projections);
-  if (n_lookup_ < n_)
+  add_bulk_pieces(projections);
+  if (n_bulk_ < n_)
     for (const Projection& p : projections)
       for (size_t r = 0; r < p.matrix->rows; r += kRowsPerPiece)
-        pieces_.push_back({&p, r, std::min(kRowsPerPiece, p.matrix->rows - r), n_lookup_, n_ - n_lookup_});
+        pieces_.push_back({&p, r, std::min(kRowsPerPiece, p.matrix->rows - r), n_bulk_, n_ - n_bulk_});
   pool_.for_each(
       pieces_.size(),
       [&](size_t i, size_t thread) {
-        if (pieces_[i].first_token < n_lookup_)
-          by_lookup(pieces_[i], thread);
+        if (pieces_[i].first_token < n_bulk_)
+          in_bulk(pieces_[i], thread);
         else
           by_multiplication(pieces_[i], thread);
       },
       then);
-  n_lookup_ = n_lookup;
+  n_bulk_ = n_lookup;
 }
 
 // Pieces as large as pays, but enough of them for all threads: first the tiles are divided, then the rows.
-void Transformer::add_lookup_pieces(std::initializer_list<Projection> projections) {
-  if (n_lookup_ == 0) return;
+void Transformer::add_bulk_pieces(std::initializer_list<Projection> projections) {
+  if (n_bulk_ == 0) return;
+  if (kernels_.amx_matmul) return add_amx_pieces(projections);
   const bool wide = n_wide_ > 0;
-  const size_t lanes = (wide ? 2 : 1) * kernels_.lut_lanes, n_tiles = ceil_div(n_lookup_, lanes);
+  const size_t lanes = (wide ? 2 : 1) * kernels_.lut_lanes, n_tiles = ceil_div(n_bulk_, lanes);
   const size_t n_pieces = (wide ? kWidePiecesPerThread : kPiecesPerThread) * pool_.size();
   size_t n_rows = 0, n_chunks = 0;
   for (const Projection& p : projections) n_rows += p.matrix->rows;
@@ -255,9 +261,24 @@ void Transformer::add_lookup_pieces(std::initializer_list<Projection> projection
   for (const Projection& p : projections) {
     const size_t rows = p.matrix->rows, step = chunk(*p.matrix);
     for (size_t r = 0; r < rows; r += step)
-      for (size_t t = 0; t < n_lookup_; t += tokens)
-        pieces_.push_back({&p, r, std::min(step, rows - r), t, std::min(tokens, n_lookup_ - t)});
+      for (size_t t = 0; t < n_bulk_; t += tokens)
+        pieces_.push_back({&p, r, std::min(step, rows - r), t, std::min(tokens, n_bulk_ - t)});
   }
+}
+
+// First the rows are divided, then the tokens: weights are laid out in tiles anew for each piece of them.
+void Transformer::add_amx_pieces(std::initializer_list<Projection> projections) {
+  const size_t n_pieces = kPiecesPerThread * pool_.size();
+  size_t n_rows = 0, n_chunks = 0;
+  for (const Projection& p : projections) n_rows += p.matrix->rows;
+  const size_t rows = std::clamp(round_up(ceil_div(n_rows, n_pieces), kAmxSide), kLeastAmxRows, kMostAmxRows);
+  const auto chunk = [&](const TernaryMatrix& m) { return m.by_columns ? m.columns().unit_rows() : rows; };
+  for (const Projection& p : projections) n_chunks += ceil_div(p.matrix->rows, chunk(*p.matrix));
+  const size_t tokens = std::clamp(round_up(ceil_div(n_bulk_ * n_chunks, n_pieces), kAmxSide), kAmxSide, kAmxTokens);
+  for (const Projection& p : projections)
+    for (size_t r = 0; r < p.matrix->rows; r += chunk(*p.matrix))
+      for (size_t t = 0; t < n_bulk_; t += tokens)
+        pieces_.push_back({&p, r, std::min(chunk(*p.matrix), p.matrix->rows - r), t, std::min(tokens, n_bulk_ - t)});
 }
 
 // A sparse matrix: the columns that a token's zeros would multiply are not read, unless so many tokens share the read
@@ -265,32 +286,32 @@ void Transformer::add_lookup_pieces(std::initializer_list<Projection> projection
 template <class F>
 void Transformer::project_sparse(const Projection& projection, F&& then) {
   if (!projection.matrix->by_columns) return project({projection}, then);
-  if (n_lookup_ > 0) {
+  if (n_bulk_ > 0) {
     const std::initializer_list<Projection> one{projection};  // pieces point into it
     n_wide_ = wide_tokens(*projection.matrix);
     if (n_wide_ > 0) cap(*projection.matrix);
     make_tiles(projection.matrix->cols);
     pieces_.clear();
-    add_lookup_pieces(one);
-    pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) { by_lookup(pieces_[i], thread); });
+    add_bulk_pieces(one);
+    pool_.for_each(pieces_.size(), [&](size_t i, size_t thread) { in_bulk(pieces_[i], thread); });
     n_wide_ = 0;
   }
-  for (size_t t = n_lookup_; t < n_; t += kSparseTokens)
+  for (size_t t = n_bulk_; t < n_; t += kSparseTokens)
     add_columns(projection, t, std::min(kSparseTokens, n_ - t), then);
 }
 
 // How many of the tokens that go by look-up do so in wide tiles, if their activations are small enough.
 size_t Transformer::wide_tokens(const TernaryMatrix& w) const {
   const size_t lanes = kernels_.lut_lanes;
-  if (w.cols > kMaxWideCols || n_lookup_ <= lanes) return 0;
+  if (lanes == 0 || w.cols > kMaxWideCols || n_bulk_ <= lanes) return 0;
   size_t n_steps = 0, n_capped = 0;
-  for (size_t t = 0; t < n_lookup_; t += kSampledTokens) {
+  for (size_t t = 0; t < n_bulk_; t += kSampledTokens) {
     n_steps += w.cols / (4 * kLutGroups);
     n_capped += kernels_.steps_above_cap(&quantised_[t * w.cols], w.cols);
   }
   if (n_capped * kCappedShare > n_steps) return 0;
-  const size_t rest = n_lookup_ % (2 * lanes);
-  return rest > lanes ? n_lookup_ : n_lookup_ - rest;
+  const size_t rest = n_bulk_ % (2 * lanes);
+  return rest > lanes ? n_bulk_ : n_bulk_ - rest;
 }
 
 // Caps the tokens that go by look-up in wide tiles; what their excess comes to → excess_.
@@ -370,7 +391,7 @@ Transformer::Region Transformer::output_region() const {
 // Asks for what the thread will read first after this loop, so that memory is not idle between two loops. Many tokens
 // compute for long: there it would only displace what they need.
 void Transformer::fetch_ahead(const Next& next, size_t thread) const {
-  if (n_lookup_ > 0) return;
+  if (n_bulk_ > 0) return;
   if (thread == 0) prefetch(next.weights, next.n_weights * sizeof(float));
   size_t n_pieces = 0;
   for (const Region& r : next.regions) n_pieces += ceil_div(r.rows, kRowsPerPiece);
@@ -399,6 +420,26 @@ void Transformer::fetch_cache(const BatchToken& token, size_t layer, size_t thre
   const size_t block = token.position % kChunkPositions / kPositionsPerBlock;
   for (size_t h = 0; h < config_.n_kv_heads; h++)
     prefetch(token.cache->keys(token.position / kChunkPositions, layer, h) + block * block_bytes, block_bytes);
+}
+
+void Transformer::in_bulk(const Piece& piece, size_t thread) {
+  if (kernels_.amx_matmul)
+    by_amx(piece, thread);
+  else
+    by_lookup(piece, thread);
+}
+
+void Transformer::by_amx(const Piece& piece, size_t thread) {
+  const TernaryMatrix& w = *piece.projection->matrix;
+  const size_t t = piece.first_token;
+  const Activations x{&quantised_[t * w.cols], &quantised_sums_[t], piece.n_tokens};
+  float* out = piece.projection->out + t * w.rows + piece.first_row;
+  if (w.by_columns)
+    kernels_.amx_column_matmul(w.columns(), piece.first_row, piece.n_rows, x, &quantised_scales_[t], w.scale,
+                               amx_scratch_[thread], out, w.rows);
+  else
+    kernels_.amx_matmul(w.all().slice(piece.first_row, piece.n_rows), x, &quantised_scales_[t], w.scale,
+                        amx_scratch_[thread], out, w.rows);
 }
 
 void Transformer::by_lookup(const Piece& piece, size_t thread) {

@@ -105,7 +105,8 @@ class Transformer {
   void project(std::initializer_list<Projection> projections, F&& then);  // from quantised_
   Tile tile_at(size_t token) const;
   void make_tiles(size_t cols);  // quantised_ → tiles_
-  void add_lookup_pieces(std::initializer_list<Projection> projections);
+  void add_bulk_pieces(std::initializer_list<Projection> projections);
+  void add_amx_pieces(std::initializer_list<Projection> projections);
   template <class F>
   void project_sparse(const Projection& projection, F&& then);  // from quantised_
   size_t wide_tokens(const TernaryMatrix& w) const;
@@ -116,7 +117,9 @@ class Transformer {
   void fetch_cache(const BatchToken& token, size_t layer, size_t thread) const;
   static Region region(const TernaryMatrix& m);
   Region output_region() const;
+  void in_bulk(const Piece& piece, size_t thread);
   void by_lookup(const Piece& piece, size_t thread);
+  void by_amx(const Piece& piece, size_t thread);
   void by_multiplication(const Piece& piece, size_t thread);
   void by_expansion(const TernaryRows& trits, const Activations& x, int32_t* sums, std::vector<uint8_t>& codes);
   void rotate_and_store(std::span<const BatchToken> batch, size_t layer);
@@ -138,9 +141,9 @@ class Transformer {
   ThreadPool& pool_;
   size_t max_batch_;
   size_t n_passes_ = 0;
-  size_t n_ = 0;         // tokens in the current batch
-  size_t n_lookup_ = 0;  // of them, the first, whose projections are computed by look-up, …
-  size_t n_wide_ = 0;    // … and of those the first, of the projection at work, in wide tiles
+  size_t n_ = 0;       // tokens in the current batch
+  size_t n_bulk_ = 0;  // of them, the first, whose projections are computed by look-up or tiles of AMX, …
+  size_t n_wide_ = 0;  // … and of those the first, of the projection at work, in wide tiles
 
   std::vector<float> residual_;          // (max_batch, dim)
   std::vector<float> normed_;            // (max_batch, max(dim, q_dim, ffn_dim))
@@ -156,7 +159,8 @@ class Transformer {
   OutputLayer output_;
   std::vector<float> cosines_, sines_;  // (max_batch, head_dim / 2)
   std::vector<Piece> pieces_;
-  std::vector<LutScratch> lut_scratch_;              // a thread each
+  std::vector<LutScratch> lut_scratch_;              // a thread each, where there is look-up, …
+  std::vector<AmxScratch> amx_scratch_;              // … or AMX
   std::vector<std::vector<uint8_t>> codes_;          // a thread each: (kExpandedRows, widest / 4)
   std::vector<std::vector<int32_t>> sums_;           // a thread each: (max_batch, kRowsPerPiece)
   std::vector<ColumnSums> column_sums_;              // a thread each

@@ -18,8 +18,15 @@ namespace {
 
 std::vector<const Kernels*> vector_tables() {
   std::vector<const Kernels*> tables;
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi})
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi, Isa::kAmx})
     if (supported(isa)) tables.push_back(&kernels_for(isa));
+  return tables;
+}
+
+// Those that have look-up.
+std::vector<const Kernels*> lookup_tables() {
+  std::vector<const Kernels*> tables = vector_tables();
+  std::erase_if(tables, [](const Kernels* k) { return k->lut_lanes == 0; });
   return tables;
 }
 
@@ -506,8 +513,7 @@ TEST_CASE("dot_rows: every type of row, the same bits everywhere, for any number
 
 TEST_CASE("ternary_lut: the bits of ternary_matmul and dequantize, for full and partial tiles") {
   Random random(6);
-  for (const Kernels* k : vector_tables()) {
-    if (k->lut_lanes == 0) continue;
+  for (const Kernels* k : lookup_tables()) {
     for (const size_t cols : {128, 384, 2560, 6912})
       for (const size_t rows : {16, 48, 80, 2048})
         for (const size_t n : {size_t{1}, k->lut_lanes - 1, k->lut_lanes}) {
@@ -568,7 +574,7 @@ TEST_CASE("cap: no step is left above the cap, and nothing is lost") {
 
 TEST_CASE("wide_lut: the bits of ternary_matmul and dequantize, for full and partial tiles") {
   Random random(13);
-  for (const Kernels* k : vector_tables())
+  for (const Kernels* k : lookup_tables())
     for (const size_t cols : {size_t{128}, size_t{640}, size_t{6912}, kMaxWideCols})
       for (const size_t rows : {16, 64, 80, 2048})
         for (const size_t n : {size_t{1}, k->lut_lanes, k->lut_lanes + 3, 2 * k->lut_lanes}) {
@@ -607,7 +613,7 @@ TEST_CASE("lut_column_numbers: the numbers of rows, from columns") {
   const size_t rows = 2560, cols = 384;
   const std::vector<uint8_t> codes = random.codes(rows * cols / 4);
   const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
-  for (const Kernels* k : vector_tables())
+  for (const Kernels* k : lookup_tables())
     for (const TernaryType type : {TernaryType::kCodes, TernaryType::kTrits}) {
       if (type == TernaryType::kTrits && !k->add_trit_columns) continue;
       const std::vector<uint8_t> data = columns_of(w, type);
@@ -622,4 +628,55 @@ TEST_CASE("lut_column_numbers: the numbers of rows, from columns") {
                             n * kLutGroups) == 0);
       }
     }
+}
+
+TEST_CASE("amx_matmul, amx_column_matmul: the bits of ternary_matmul and dequantize, for full and partial tiles") {
+  if (!supported(Isa::kAmx)) return;
+  const Kernels& k = kernels_for(Isa::kAmx);
+  Random random(14);
+  AmxScratch scratch;
+  for (const size_t cols : {128, 1280, 1408, 6912})
+    for (const size_t rows : {16, 64, 80, 128, 256, 320})
+      for (const size_t n : {1, 15, 16, 17, 32, 100, 256}) {
+        if (cols * rows > 1000000 && n != 100) continue;  // slow, and the same code
+        const std::vector<uint8_t> codes = random.codes(rows * cols / 4);
+        std::vector<int8_t> x = random.int8s(n * cols);
+        if (rows == 80) std::fill(x.begin(), x.end(), int8_t{-128});
+        const TernaryRows w{TernaryType::kCodes, codes.data(), rows, cols};
+        const auto [scales, expected] = multiplied(k, w, x);
+        std::vector<int32_t> sums(n, 0);
+        for (size_t i = 0; i < x.size(); i++) sums[i / cols] += x[i];
+        const Activations a{x.data(), sums.data(), n};
+        std::vector<float> got(n * (rows + 3));
+        const auto check = [&](auto&& multiply, const std::vector<float>& products) {
+          std::fill(got.begin(), got.end(), -1.0f);
+          multiply();
+          for (size_t t = 0; t < n; t++) {
+            CHECK(std::memcmp(&got[t * (rows + 3)], &products[t * rows], rows * sizeof(float)) == 0);
+            for (size_t i = 0; i < 3; i++) CHECK(got[t * (rows + 3) + rows + i] == -1.0f);
+          }
+        };
+        const auto by_rows = [&](TernaryType type, const std::vector<uint8_t>& data) {
+          return [&, type] {
+            k.amx_matmul({type, data.data(), rows, cols}, a, scales.data(), kWeightScale, scratch, got.data(),
+                         rows + 3);
+          };
+        };
+        check(by_rows(TernaryType::kCodes, codes), expected);
+        check(by_rows(TernaryType::kTrits, trits_of(w)), expected);
+        const std::vector<uint8_t> any = random.bytes(codes.size());  // codes of 3 among them
+        const auto [_, any_expected] = multiplied(k, {TernaryType::kCodes, any.data(), rows, cols}, x);
+        check(by_rows(TernaryType::kCodes, any), any_expected);
+        for (const TernaryType type : {TernaryType::kCodes, TernaryType::kTrits}) {
+          const TernaryColumns columns{type, nullptr, rows, cols};
+          if (rows % kColumnUnit != 0 || rows > columns.unit_rows()) continue;
+          const std::vector<uint8_t> data = columns_of(w, type);
+          check(
+              [&] {
+                k.amx_column_matmul({type, data.data(), rows, cols}, 0, rows, a, scales.data(), kWeightScale, scratch,
+                                    got.data(), rows + 3);
+              },
+              expected);
+        }
+      }
 }

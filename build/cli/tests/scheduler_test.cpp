@@ -163,7 +163,7 @@ TEST_CASE("the same text with and without the cache, and an end where it should 
 
 TEST_CASE("guessing ahead changes nothing but the number of passes") {
   size_t accepted = 0;
-  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi}) {
+  for (const Isa isa : {Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi, Isa::kAmx}) {
     if (!supported(isa)) continue;
     Engine engine(options(2, 128, isa));
     for (const float temperature : {0.0f, 0.4f, 1.0f})

@@ -5,6 +5,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "amx.h"
 #include "avx512_vbmi.h"
 #include "columns.h"
 #include "half.h"
@@ -212,6 +213,9 @@ constexpr Kernels kTable = {
     .cap = avx512::cap,
     .wide_lut = avx512::wide_lut,
     .transpose_wide_tile = avx512::transpose_wide_tile,
+    .amx_min_tokens = 0,
+    .amx_matmul = nullptr,
+    .amx_column_matmul = nullptr,
     .dequantize = avx512::dequantize,
     .add = avx512::add_to,
     .relu2_mul = avx512::relu2_mul,
@@ -237,11 +241,22 @@ constexpr Kernels with_trits(Kernels table) {
   return table;
 }
 
+// Tiles instead of look-up.
+constexpr Kernels with_tiles(Kernels table) {
+  table.isa = Isa::kAmx;
+  table.lut_lanes = 0;
+  table.amx_min_tokens = 8;
+  table.amx_matmul = amx::matmul;
+  table.amx_column_matmul = amx::column_matmul;
+  return table;
+}
+
 }  // namespace
 
 // Without code that would run before anybody has asked what the processor can do.
 constinit const Kernels kAvx512Kernels = kTable;
 constinit const Kernels kAvx512VbmiKernels = with_trits(kTable);
+constinit const Kernels kAmxKernels = with_tiles(with_trits(kTable));
 
 }  // namespace bitnet
 

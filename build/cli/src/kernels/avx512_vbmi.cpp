@@ -23,17 +23,7 @@ constexpr size_t kUnitCols = kUnitBlocks * kTernaryBlock;
 constexpr size_t kTileRows = 4;             // that several tokens' pass does
 constexpr int32_t kInverse81 = 2014922929;  // modulo 2³²: divides multiples of 81
 
-// Byte of trits → byte of I2_S that its first four stand for, and code of the fifth.
-struct alignas(64) Tables {
-  constexpr Tables() {
-    for (unsigned v = 0; v < 256; v++) {
-      codes[v] = static_cast<uint8_t>(v % 81 / 27 << 6 | v % 27 / 9 << 4 | v % 9 / 3 << 2 | v % 3);
-      fifths[v] = static_cast<uint8_t>(v < 162 ? v / 81 : 2);
-    }
-  }
-  uint8_t codes[256] = {}, fifths[256] = {};
-};
-constexpr Tables kTables;
+#include "trits_vbmi.h"
 
 // A table of 256 bytes in registers.
 class ByteTable {
@@ -50,7 +40,6 @@ class ByteTable {
   __m512i part_[4];
 };
 
-inline __m512i load512(const void* p) { return _mm512_loadu_si512(p); }
 inline __m256i load256(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
 
 void expand_trits(const uint8_t* packed, size_t units, uint8_t* codes) {
@@ -75,16 +64,6 @@ inline __m512i zeros() {
   __m512i a = _mm512_setzero_si512();
   __asm__("" : "+v"(a));
   return a;
-}
-
-// Below 81, the difference that does not wrap around is the smallest. (Of a damaged byte, above 242, up to 93.)
-inline __m512i below81(__m512i v) {
-  const __m512i once = _mm512_set1_epi8(81), twice = _mm512_set1_epi8(static_cast<char>(162));
-  return _mm512_min_epu8(_mm512_min_epu8(v, _mm512_sub_epi8(v, once)), _mm512_sub_epi8(v, twice));
-}
-// Numbers of base 3 below 81 → four 2-bit codes.
-inline __m512i codes_of(__m512i q) {
-  return _mm512_permutex2var_epi8(load512(kTables.codes), q, load512(kTables.codes + 64));
 }
 
 // A token's activations in the order in which trits are used: for each half of a unit, those of codes 0 to 3 of its two
@@ -257,11 +236,9 @@ void lut_column_numbers(const TernaryColumns& w, size_t first_row, size_t n_rows
   numbers_by_columns(w, first_row, n_rows, scratch, [trits](const uint8_t* line, uint8_t* codes, uint8_t* fifths) {
     const __m512i v = load512(line);
     if (!trits) return _mm512_store_si512(codes, v);
-    const __m512i q = below81(v);
-    _mm512_store_si512(codes, codes_of(q));
-    // 81 and 162 have the fifth code in their highest two bits.
-    const __m512i highest = _mm512_srli_epi16(_mm512_sub_epi8(v, q), 6);
-    _mm512_store_si512(fifths, _mm512_and_si512(highest, _mm512_set1_epi8(3)));
+    const Trits trits = split(v);
+    _mm512_store_si512(codes, trits.codes);
+    _mm512_store_si512(fifths, trits.fifths);
   });
 }
 

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cstring>
 
+#include "amx.h"
 #include "kernels.h"
 
 namespace bitnet {
@@ -24,11 +25,15 @@ bool supported(Isa isa) {
              __builtin_cpu_supports("avx512vnni");
     case Isa::kAvx512Vbmi:
       return supported(Isa::kAvx512) && __builtin_cpu_supports("avx512vbmi");
+    case Isa::kAmx:
+      return supported(Isa::kAvx512Vbmi) && __builtin_cpu_supports("amx-tile") && __builtin_cpu_supports("amx-int8") &&
+             amx::permitted();
   }
   return false;
 }
 
 Isa best_isa() {
+  if (supported(Isa::kAmx)) return Isa::kAmx;
   if (supported(Isa::kAvx512Vbmi)) return Isa::kAvx512Vbmi;
   if (supported(Isa::kAvx512)) return Isa::kAvx512;
   if (supported(Isa::kAvx2)) return Isa::kAvx2;
@@ -37,6 +42,8 @@ Isa best_isa() {
 
 const Kernels& kernels_for(Isa isa) {
   switch (isa) {
+    case Isa::kAmx:
+      return kAmxKernels;
     case Isa::kAvx512Vbmi:
       return kAvx512VbmiKernels;
     case Isa::kAvx512:
@@ -51,6 +58,8 @@ const Kernels& kernels_for(Isa isa) {
 
 std::string_view name_of(Isa isa) {
   switch (isa) {
+    case Isa::kAmx:
+      return "amx";
     case Isa::kAvx512Vbmi:
       return "avx512-vbmi";
     case Isa::kAvx512:

@@ -11,6 +11,7 @@
 #include <span>
 #include <string_view>
 
+#include "amx_scratch.h"
 #include "lut_scratch.h"
 
 namespace bitnet {
@@ -24,8 +25,8 @@ inline constexpr size_t kMaxHeadDim = 1024;
 // How far ahead a product by few tokens asks for the rows that follow. Rows are read one after another, as one stream.
 inline constexpr size_t kPrefetchBytes = 8192;
 
-enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Vbmi };
-inline constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi};
+enum class Isa { kScalar, kAvx2, kAvx512, kAvx512Vbmi, kAmx };
+inline constexpr Isa kIsas[] = {Isa::kScalar, Isa::kAvx2, Isa::kAvx512, Isa::kAvx512Vbmi, Isa::kAmx};
 enum class CacheType { kF16, kF32, kI8 };
 inline constexpr CacheType kCacheTypes[] = {CacheType::kF16, CacheType::kF32, CacheType::kI8};
 
@@ -219,6 +220,16 @@ struct Kernels {
                    float weight_scale, const int32_t* excess, LutScratch& scratch, float* out, size_t out_stride);
   void (*transpose_wide_tile)(const int8_t* values, size_t cols, size_t n_tokens, int8_t* out);
 
+  // The same by tiles of AMX, in one step, of codes, of which any may be 3, or trits; nullptr where there are none. At
+  // most kAmxRows rows, a multiple of 16, and kAmxTokens tokens. Of a matrix by columns, as lut_column_numbers takes
+  // it, a unit of rows or a part of it.
+  size_t amx_min_tokens;  // fewer are faster by multiplication
+  void (*amx_matmul)(const TernaryRows& w, const Activations& x, const float* activation_scales, float weight_scale,
+                     AmxScratch& scratch, float* out, size_t out_stride);
+  void (*amx_column_matmul)(const TernaryColumns& w, size_t first_row, size_t n_rows, const Activations& x,
+                            const float* activation_scales, float weight_scale, AmxScratch& scratch, float* out,
+                            size_t out_stride);
+
   // out[i] = float(sums[i]) / activation_scale · weight_scale, in this order.
   void (*dequantize)(const int32_t* sums, float activation_scale, float weight_scale, size_t n, float* out);
 
@@ -287,5 +298,6 @@ extern const Kernels kScalarKernels;
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512VbmiKernels;
+extern const Kernels kAmxKernels;
 
 }  // namespace bitnet
